@@ -102,9 +102,7 @@ class PrototypeContrast(_Operator):
 class CamCompare(_Operator):
     """``cam_compare`` as a loss between MainNet's and SupportNet's multi-scale CAMs."""
 
-    def __init__(
-        self, *, attention: str = "cosine", reduction: str = "mean", backend: str = "auto"
-    ) -> None:
+    def __init__(self, *, attention: str = "cosine", reduction: str = "mean", backend: str = "auto") -> None:
         super().__init__(attention=attention, reduction=reduction, backend=backend)
 
     def forward(

@@ -102,6 +102,8 @@ def test_bytes_moved(op):
     for sample in samples(op, "cpu", torch.float32, "contiguous"):
         args = sample.args
         forward, backward = OPS[op].bytes_moved(**args)
-        largest = max([t.numel() * t.element_size() for t in args.values() if isinstance(t, torch.Tensor)], default=0)
+        largest = max(
+            [t.numel() * t.element_size() for t in args.values() if isinstance(t, torch.Tensor)], default=0
+        )
         assert forward >= largest
         assert backward >= forward if OPS[op].differentiable else backward == 0

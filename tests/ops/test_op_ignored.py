@@ -45,7 +45,11 @@ def half_ignored(op, device, grid, size, align_corners, value):
     else:
         prototypes = torch.randn(4, 6, generator=g)
         prototypes[3] = value
-        args |= dict(prototypes=prototypes, valid=torch.tensor([True, True, True, False]), temperature=torch.tensor(0.3))
+        args |= dict(
+            prototypes=prototypes,
+            valid=torch.tensor([True, True, True, False]),
+            temperature=torch.tensor(0.3),
+        )
     args = {n: a.to(device) if isinstance(a, torch.Tensor) else a for n, a in args.items()}
     return args, untouched
 
@@ -78,7 +82,10 @@ def test_a_leak_is_seen():
     def leaking(features, regions, num_regions, weights, normalize, ignore_index, align_corners, eps):
         up = resize(features, regions.shape[-2:], align_corners)
         labels = torch.where(regions == ignore_index, num_regions, regions)
-        masks = F.one_hot(labels, num_regions + 1)[..., :num_regions].movedim(-1, 1) * weights.nan_to_num()[:, None]
+        masks = (
+            F.one_hot(labels, num_regions + 1)[..., :num_regions].movedim(-1, 1)
+            * weights.nan_to_num()[:, None]
+        )
         return torch.einsum("bchw,bdhw->bcd", masks, F.normalize(up, dim=1)), masks.sum((2, 3))
 
     with planted("prototype_pool", leaking), pytest.raises(AssertionError, match="nan reaches output 0"):

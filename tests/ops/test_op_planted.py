@@ -8,9 +8,6 @@ from pssl_ext.registry import OPS
 from pssl_ext.testing import Case, assert_same_bits, check, planted, run
 
 
-
-
-
 def sound(spec):
     """The reference's gradients, whatever kernel is registered."""
     key = torch._C.DispatchKey.CompositeExplicitAutograd
@@ -59,7 +56,10 @@ FORWARD = [wrong_resize, no_ignore_mask, half_mass, half_precision_sum]
 @pytest.mark.parametrize("kernel", FORWARD, ids=lambda k: k.__name__)
 @pytest.mark.parametrize("sample", ["label_grid_8x", "label_grid_odd"])
 def test_wrong_forward(kernel, sample):
-    with planted("prototype_pool", kernel), pytest.raises(AssertionError, match=f"prototype_pool-{sample}.*output"):
+    with (
+        planted("prototype_pool", kernel),
+        pytest.raises(AssertionError, match=f"prototype_pool-{sample}.*output"),
+    ):
         check(Case("prototype_pool", sample))
 
 
@@ -110,7 +110,10 @@ def test_wrong_gradient(op, dtype, fault):
     backward = sound(OPS[op])
     case = Case(op, "label_grid_8x", dtype=dtype)
     check(case)
-    with planted(f"{op}_backward", lambda *args: fault(backward(*args))), pytest.raises(AssertionError, match="grad features"):
+    with (
+        planted(f"{op}_backward", lambda *args: fault(backward(*args))),
+        pytest.raises(AssertionError, match="grad features"),
+    ):
         check(case)
 
 
@@ -121,7 +124,10 @@ def test_wrong_temperature_gradient():
         features, prototypes, temperature, weights = backward(*args)
         return features, prototypes, temperature * 1.001, weights
 
-    with planted("prototype_contrast_backward", kernel), pytest.raises(AssertionError, match="grad temperature"):
+    with (
+        planted("prototype_contrast_backward", kernel),
+        pytest.raises(AssertionError, match="grad temperature"),
+    ):
         check(Case("prototype_contrast", "tensor_temperature"))
 
 
@@ -133,7 +139,9 @@ def test_wrong_softmax():
 
     with planted("prototype_contrast", kernel):
         check(Case("prototype_contrast", "same_grid"))
-        with pytest.raises(AssertionError, match="prototype_contrast-invalid-auto-cpu-float32-contiguous: output 0"):
+        with pytest.raises(
+            AssertionError, match="prototype_contrast-invalid-auto-cpu-float32-contiguous: output 0"
+        ):
             check(Case("prototype_contrast", "invalid"))
 
 

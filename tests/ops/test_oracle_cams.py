@@ -20,7 +20,9 @@ LABELS = torch.tensor([[1, 0, 1], [0, 1, 1]])
 @pytest.mark.parametrize("attention", ["cosine", "none"])
 def test_compare(attention):
     main, support = maps((2, 3, 2, 3), (2, 3, 4, 6)), maps((2, 3, 3, 2), (2, 3, 4, 6), seed=43)
-    loss, _ = oracle.compare([m.numpy() for m in main], [s.numpy() for s in support], LABELS.numpy(), (4, 6), attention)
+    loss, _ = oracle.compare(
+        [m.numpy() for m in main], [s.numpy() for s in support], LABELS.numpy(), (4, 6), attention
+    )
     args = dict(size=(4, 6), attention=attention, backend="reference")
     for reduction, expected in [("none", loss), ("sum", loss.sum()), ("mean", loss.sum() / (2 * 3 * 4 * 6))]:
         got = cam_compare(main, support, LABELS, reduction=reduction, **args)
@@ -74,7 +76,10 @@ def images(grid, size, quantum=None):
 @pytest.mark.parametrize("grid", [(6, 7), (3, 4)])
 @pytest.mark.parametrize(
     "background",
-    [dict(thresholds=[0.5, 0.25, 0.25, 0.75, 0.0, 1.0, -1.0, 2.0]), dict(thresholds=None, power=[1, 2.5, 16])],
+    [
+        dict(thresholds=[0.5, 0.25, 0.25, 0.75, 0.0, 1.0, -1.0, 2.0]),
+        dict(thresholds=None, power=[1, 2.5, 16]),
+    ],
     ids=["thresholds", "power"],
 )
 def test_sweep(background, grid, normalize):

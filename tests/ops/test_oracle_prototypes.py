@@ -8,7 +8,14 @@ from torch.nn import functional as F
 
 from pssl_ext import prototype_contrast, prototype_pool
 
-GRIDS = [((3, 4), (3, 4)), ((2, 3), (8, 12)), ((3, 2), (7, 5)), ((5, 4), (2, 3)), ((1, 1), (3, 2)), ((2, 5), (1, 1))]
+GRIDS = [
+    ((3, 4), (3, 4)),
+    ((2, 3), (8, 12)),
+    ((3, 2), (7, 5)),
+    ((5, 4), (2, 3)),
+    ((1, 1), (3, 2)),
+    ((2, 5), (1, 1)),
+]
 
 
 def inputs(grid, size, b=2, d=4, c=3):
