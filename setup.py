@@ -46,8 +46,10 @@ class BuildNative(build_ext):
                 for stale in package.glob("_C.*.so"):
                     stale.unlink()
         for target in targets:
+            # The log's path means something in the source tree only; a wheel may go to another machine.
+            record = {key: value for key, value in self.record.items() if key != "log" or target == package}
             target.mkdir(parents=True, exist_ok=True)
-            (target / RECORD).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+            (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 setup(
