@@ -8,9 +8,10 @@ shifted (signed bias), which catches a wrong factor that hides below the largest
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pssl_ext.ops._reference import accumulation_dtype
-from pssl_ext.registry import OPS, OpSpec, Sample
+from pssl_ext.registry import NAMESPACE, OPS, OpSpec, Sample
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -295,6 +296,13 @@ def check_args(
     return got
 
 
+def assert_same_bits(a: Results, b: Results, what: str) -> None:
+    for name, tensor in a.named().items():
+        other = b.named()[name]
+        same = (tensor == other) | (tensor.isnan() & other.isnan())
+        assert bool(same.all()), f"{what}: {name}: {int((~same).sum())} of {same.numel()} values differ"
+
+
 def schema_args(case: Case, *, requires_grad: bool = False) -> tuple:
     """What the public function hands to the dispatcher: the schema's arguments in order, as opcheck takes them."""
     found: list[tuple] = []
@@ -315,3 +323,11 @@ def schema_args(case: Case, *, requires_grad: bool = False) -> tuple:
             if name in case.spec.differentiable:
                 tree_map_only(Tensor, lambda t: t.requires_grad_() if t.is_floating_point() else t, value)
     return args
+
+
+@contextlib.contextmanager
+def planted(name: str, kernel: Callable, key: str = "CPU") -> Iterator[None]:
+    """Registers ``kernel`` for the operator ``name``, as a compiled one is, for as long as the context lasts."""
+    with torch.library._scoped_library(NAMESPACE, "IMPL") as library:
+        library.impl(name, kernel, key, allow_override=True)
+        yield

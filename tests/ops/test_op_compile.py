@@ -35,7 +35,9 @@ def test_dynamic_shapes(op):
             features=torch.randn(b, 8, h, w, generator=g),
             regions=torch.randint(0, 3, (b, h * scale, w * scale), generator=g),
         )
-        more = dict(num_regions=3) if op == "prototype_pool" else dict(prototypes=torch.randn(3, 8, generator=g))
+        more = (
+            dict(num_regions=3) if op == "prototype_pool" else dict(prototypes=torch.randn(3, 8, generator=g))
+        )
         with torch.compiler.set_stance("default" if b == 2 else "fail_on_recompile"):
             check_args(OPS[op], {**args, **more}, "auto", f"{op} {b}x{h}x{w}", function=compiled)
 
