@@ -1,4 +1,5 @@
-"""Module forms of the operators: settings in the constructor, tensors in ``forward``, under the operators' names."""
+"""Module forms of the operators: settings in the constructor, tensors in ``forward``, under the operators'
+names."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class _Operator(nn.Module):
 
 
 class PrototypePool(_Operator):
-    """``prototype_pool``: (features [B,D,h,w], regions [B,H,W] or [B,C,H,W]) to (sums [B,C,D], mass [B,C])."""
+    """``prototype_pool``: (features [B,D,h,w], regions [B,H,W] or [B,C,H,W]) to (sums [B,C,D], mass
+    [B,C])."""
 
     def __init__(
         self,
@@ -65,8 +67,8 @@ class PrototypePool(_Operator):
 
 
 class PrototypeContrast(_Operator):
-    """``prototype_contrast`` as a loss. A ``temperature`` that is an ``nn.Parameter`` is learned, another tensor is a
-    buffer."""
+    """``prototype_contrast`` as a loss. A ``temperature`` that is an ``nn.Parameter`` is learned, another
+    tensor is a buffer."""
 
     def __init__(
         self,

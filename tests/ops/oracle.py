@@ -1,4 +1,5 @@
-"""Each operator once more as a literal loop over pixels in numpy float64: the specification of the specification."""
+"""Each operator once more as a literal loop over pixels in numpy float64: the specification of the
+specification."""
 
 import math
 
@@ -69,8 +70,8 @@ def contrast(features, prototypes, regions, tau, valid=None, weights=None, align
 
 
 def compare(main, support, labels, size, attention):
-    """The loss of each image and class [B,K], and the attention [S,T,B,K] that it held constant (``attention``: the
-    one to use, "none" or "cosine")."""
+    """The loss of each image and class [B,K], and the attention [S,T,B,K] that it held constant
+    (``attention``: the one to use, "none" or "cosine")."""
     b, k = labels.shape
     relu = lambda maps: np.maximum(bilinear(maps, size), 0)  # noqa: E731
     ms, ss = [relu(m) for m in main], [relu(s) for s in support]
@@ -108,7 +109,8 @@ def region_mask(cams, labels, size, foreground, background, ignore):
 
 
 def sweep(cams, ids, truths, c, thresholds=None, power=None, normalize=False):
-    """The evaluation loop as peers write it: for each background score the prediction, for each pixel a count."""
+    """The evaluation loop as peers write it: for each background score the prediction, for each pixel a
+    count."""
     scores = [("threshold", t) for t in thresholds] if power is None else [("power", a) for a in power]
     counts = np.zeros((len(scores), c, c), np.int64)
     for cam, numbers, truth in zip(cams, ids, truths, strict=True):

@@ -45,7 +45,7 @@ def test_explain(op):
 
 
 def test_explain_of_no_operator():
-    with pytest.raises(ValueError, match="explain: op must be one of .*prototype_pool.*, got 'conv'"):
+    with pytest.raises(ValueError, match=r"explain: op must be one of .*prototype_pool.*, got 'conv'"):
         pssl_ext.explain("conv")
 
 

@@ -16,7 +16,8 @@ def fresh_compiler():
 
 @pytest.mark.cases()
 def test_one_graph(case):
-    """Labels hold ignore_index in most samples, where other fused losses have been wrong under compile only."""
+    """Labels hold ignore_index in most samples, where other fused losses have been wrong under compile
+    only."""
     check(case, function=torch.compile(case.spec.function, fullgraph=True, backend="aot_eager"))
 
 

@@ -14,7 +14,8 @@ def test_twice(case):
 
 @pytest.mark.cases(each=lambda case: case.backend != "auto" and case.device == "cpu")
 def test_any_number_of_threads(case):
-    """Ours alone: PyTorch's own matrix product, which the composite kernel is made of, promises no such thing."""
+    """Ours alone: PyTorch's own matrix product, which the composite kernel is made of, promises no such
+    thing."""
     found = []
     before = torch.get_num_threads()
     try:

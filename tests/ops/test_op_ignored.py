@@ -1,15 +1,17 @@
-"""What does not count reaches nothing: NaN under ignored pixels and invalid prototypes, images with nothing to count."""
+"""What does not count reaches nothing: NaN under ignored pixels and invalid prototypes, images with nothing
+to count."""
 
 import math
 
 import pytest
 import torch
+from support import planted
 from torch.nn import functional as F
 
 from pssl_ext import prototype_contrast, prototype_pool
 from pssl_ext.ops.prototype_pool import resize
 from pssl_ext.registry import OPS
-from pssl_ext.testing import devices, planted, run
+from pssl_ext.testing import devices, run
 
 GRIDS = [((5, 7), (40, 56)), ((6, 5), (23, 31)), ((9, 11), (9, 11)), ((13, 9), (8, 6)), ((4, 6), (12, 18))]
 OPERATORS = ["prototype_pool", "prototype_contrast"]
@@ -28,7 +30,8 @@ def touched(n, size, counted, align_corners):
 
 
 def half_ignored(op, device, grid, size, align_corners, value):
-    """(arguments with ``value`` wherever nothing counts, mask of the cells that hold it): the right part is ignored."""
+    """(arguments with ``value`` wherever nothing counts, mask of the cells that hold it): the right part is
+    ignored."""
     g = torch.Generator().manual_seed(5)
     regions = torch.randint(0, 3, (2, *size), generator=g)
     first = size[1] // 2
@@ -95,8 +98,8 @@ def test_a_leak_is_seen():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("device", devices())
 def test_nothing_counts(device, reduction):
-    """0 with zero gradients, so that the ranks of a distributed run stay in step; also where no prototype is valid,
-    and where all weights are 0."""
+    """0 with zero gradients, so that the ranks of a distributed run stay in step; also where no prototype is
+    valid, and where all weights are 0."""
     features = torch.randn(2, 5, 3, 3, device=device, requires_grad=True)
     prototypes = torch.randn(4, 5, device=device, requires_grad=True)
     labels = torch.randint(0, 4, (2, 6, 6), device=device)

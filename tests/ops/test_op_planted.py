@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from support import planted
 
 from pssl_ext.ops import prototype_contrast, prototype_pool
 from pssl_ext.registry import OPS
-from pssl_ext.testing import Case, assert_same_bits, check, planted, run
+from pssl_ext.testing import Case, assert_same_bits, check, run
 
 
 def sound(spec):

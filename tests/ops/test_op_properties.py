@@ -1,4 +1,5 @@
-"""Laws that hold whatever the kernel: linearity, additivity, symmetry, scale, independence of the images of a batch."""
+"""Laws that hold whatever the kernel: linearity, additivity, symmetry, scale, independence of the images of
+a batch."""
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from pssl_ext.testing import devices
 
 @st.composite
 def problems(draw, device="cpu"):
-    """(features [B,D,h,w], regions [B,H,W], weights [B,H,W], prototypes [C,D]) in float64, any small sizes."""
+    """(features [B,D,h,w], regions [B,H,W], weights [B,H,W], prototypes [C,D]) in float64, any small
+    sizes."""
     sizes = st.integers(1, 6)
     b, d, c, h, w = (draw(s) for s in (st.integers(1, 3), sizes, sizes, sizes, sizes))
     height, width = (h, w) if draw(st.booleans()) else (draw(st.integers(1, 14)), draw(st.integers(1, 14)))
@@ -42,7 +44,8 @@ def test_pool_is_linear_in_the_weights(device, data):
 @pytest.mark.parametrize("device", devices())
 @given(data=st.data())
 def test_pooled_regions_add(device, data):
-    """All regions united sum to the sum of their sums; without normalisation that is linear in the features too."""
+    """All regions united sum to the sum of their sums; without normalisation that is linear in the features
+    too."""
     features, regions, weights, prototypes = data.draw(problems(device))
     united = torch.where(regions == 255, 255, 0)
     parts, mass = prototype_pool(features, regions, len(prototypes), weights=weights)
@@ -130,7 +133,8 @@ def test_a_region_mask_names_present_classes_only(labels, foreground, seed):
     mask = cam_regions([cams], torch.tensor([labels]), **options)
     allowed = {0, 255} | {k + 1 for k, present in enumerate(labels) if present}
     assert set(mask.unique().tolist()) <= allowed
-    # the threshold is a share of the class's maximum, so that a factor changes nothing (but the 1e-5 under it)
+    # the threshold is a share of the class's maximum, so that a factor changes nothing (but the 1e-5 under
+    # it)
     assert (cam_regions([cams * 8], torch.tensor([labels]), **options) != mask).float().mean() < 0.05
 
 

@@ -1,4 +1,5 @@
-"""The references of prototype_pool and prototype_contrast against literal loops, and against peers' formulas."""
+"""The references of prototype_pool and prototype_contrast against literal loops, and against peers'
+formulas."""
 
 import numpy as np
 import oracle
