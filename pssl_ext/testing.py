@@ -55,8 +55,11 @@ def _offset(x: Tensor) -> Tensor:
 
 
 def _expanded(x: Tensor) -> Tensor:
-    """Stride 0 along the first dimension, with the values of its first entry."""
-    return x[:1].expand(x.shape) if x.ndim >= 1 and x.shape[0] > 1 else x
+    """Stride 0 along the batch, with the values of its first entry.
+
+    Matrices stay as they are: with equal prototypes every gradient is 0 but for rounding, which compares with nothing.
+    """
+    return x[:1].expand(x.shape) if x.ndim >= 3 and x.shape[0] > 1 else x
 
 
 #: the layout of every tensor argument; where a layout does not apply to a tensor, that one stays contiguous
