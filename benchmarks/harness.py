@@ -7,7 +7,6 @@ before all of them agree; then they take turns, so that a slow phase of the mach
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -172,29 +171,26 @@ def copy_bandwidth(device: str, seconds: float = 1.0) -> float:
     return 2 * a.numel() * a.element_size() / _percentile(times[1:] or times, 50)
 
 
-def show(results: list[Result], bandwidth: float) -> None:
-    console = Console(width=None if os.isatty(1) else 130)
-    for problem in dict.fromkeys(r.problem for r in results):
-        table = Table(title=problem, title_justify="left")
-        for column in (
-            "provider",
-            "pass",
-            "calls",
-            "p20 ms",
-            "p50 ms",
-            "p80 ms",
-            "× ours",
-            "extra MiB",
-            "% of copy",
-        ):
-            table.add_column(column, justify="left" if column in ("provider", "pass") else "right")
-        for r in results:
-            if r.problem == problem:
-                times = [f"{1e3 * t:.1f}" for t in (r.p20, r.p50, r.p80)]
-                memory, share = f"{r.extra_bytes / 2**20:.1f}", f"{100 * r.copy_share:.2f}"
-                table.add_row(r.provider, r.work, str(r.calls), *times, f"{r.ratio:.2f}", memory, share)
-        console.print(table)
-    console.print(f"copy: {bandwidth / 1e9:.2f} GB/s (bytes read and written)")
+def show(title: str, results: list[Result]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "provider",
+        "pass",
+        "calls",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "× ours",
+        "extra MiB",
+        "% of copy",
+    ):
+        table.add_column(column, justify="left" if column in ("provider", "pass") else "right")
+    for r in results:
+        times = [f"{1e3 * t:.1f}" for t in (r.p20, r.p50, r.p80)]
+        memory, share = f"{r.extra_bytes / 2**20:.1f}", f"{100 * r.copy_share:.2f}"
+        table.add_row(r.provider, r.work, str(r.calls), *times, f"{r.ratio:.2f}", memory, share)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
 
 
 def write(path: Path, results: list[Result], bandwidth: float, device: str) -> None:

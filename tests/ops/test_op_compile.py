@@ -43,6 +43,7 @@ def test_dynamic_shapes(op):
             check_args(OPS[op], {**args, **more}, "auto", f"{op} {b}x{h}x{w}", function=compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["prototype_pool", "prototype_contrast"])
 def test_inductor(op):
     check(Case(op, "label_grid_8x"), function=torch.compile(OPS[op].function, fullgraph=True))
