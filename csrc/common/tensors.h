@@ -43,16 +43,15 @@ auto with_floating(ScalarType type, const F& f) {
   }
 }
 
+// Compiled once a type: the callers are many and the bodies long.
+#define PSSL_NOINLINE __attribute__((noinline))
+
 // Copies n elements, `stride` apart, of a floating or integer tensor into `out`.
 template <class T>
-void read_elements(const Tensor& t, int64_t offset, int64_t stride, int64_t n, T* out) {
+PSSL_NOINLINE void read_elements(const Tensor& t, int64_t offset, int64_t stride, int64_t n, T* out) {
   auto copy = [&](auto zero) {
     const auto* p = static_cast<const decltype(zero)*>(t.const_data_ptr()) + offset;
-    if (stride == 1) {
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i * stride]);
-    }
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i * stride]);
   };
   switch (t.scalar_type()) {
     case ScalarType::Float: return copy(float{});

@@ -14,9 +14,6 @@
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
-// Compiled once a type: the callers are many and the loops long.
-#define PSSL_NOINLINE __attribute__((noinline))
-
 constexpr int kPixelBlock = 8;  // pixels that dots keeps in registers at once
 constexpr int kTilePixels = 128;
 
