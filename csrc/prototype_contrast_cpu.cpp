@@ -30,21 +30,26 @@ struct Problem {
   int64_t W() const { return regions.size(2); }
   int64_t C() const { return prototypes.size(prototypes.dim() - 2); }
   bool same_grid() const { return H() == features.size(2) && W() == features.size(3); }
-  bool is_flat() const { return is_flat_map(features) && is_flat_map(regions) && (!weights || is_flat_map(*weights)); }
+  bool is_flat() const {
+    return is_flat_map(features) && is_flat_map(regions) && (!weights || is_flat_map(*weights));
+  }
   // Whether each image has class vectors of its own.
   bool per_image() const { return prototypes.dim() == 3 || (valid && valid->dim() == 2); }
   void check() const {
     const int64_t B = features.size(0), n = prototypes.dim();
     STD_TORCH_CHECK(features.dim() == 4, kOp, ": features must be [B,D,h,w]");
-    STD_TORCH_CHECK((n == 2 || (n == 3 && prototypes.size(0) == B)) && C() >= 1 && prototypes.size(n - 1) == features.size(1),
+    STD_TORCH_CHECK((n == 2 || (n == 3 && prototypes.size(0) == B)) && C() >= 1 &&
+                        prototypes.size(n - 1) == features.size(1),
                     kOp, ": prototypes must be [C,D] or [B,C,D]");
     STD_TORCH_CHECK(regions.dim() == 3 && regions.size(0) == B, kOp, ": regions must be [B,H,W]");
     STD_TORCH_CHECK(!valid || (valid->size(valid->dim() - 1) == C() &&
                                (valid->dim() == 1 || (valid->dim() == 2 && valid->size(0) == B))),
                     kOp, ": valid must be [C] or [B,C]");
     STD_TORCH_CHECK(!weights || (weights->dim() == 3 && weights->size(0) == B && weights->size(1) == H() &&
-                                 weights->size(2) == W()), kOp, ": weights must be [B,H,W]");
-    STD_TORCH_CHECK(features.size(2) * features.size(3) > 0 || B * H() * W() == 0, kOp, ": features have no cells");
+                                 weights->size(2) == W()),
+                    kOp, ": weights must be [B,H,W]");
+    STD_TORCH_CHECK(features.size(2) * features.size(3) > 0 || B * H() * W() == 0, kOp,
+                    ": features have no cells");
   }
 };
 
@@ -58,15 +63,21 @@ struct ClassVectors {
   std::vector<double> norm;  // [rows], 0 where the prototype counts as zero
 
   explicit ClassVectors(const Problem& p)
-      : n(p.per_image() ? p.features.size(0) : 1), C(p.C()), D(p.features.size(1)), cp(round_up(C, kLanes<T>)),
-        q(n * D * cp, true), bias(n * cp), mask(n * cp, true) {
+      : n(p.per_image() ? p.features.size(0) : 1),
+        C(p.C()),
+        D(p.features.size(1)),
+        cp(round_up(C, kLanes<T>)),
+        q(n * D * cp, true),
+        bias(n * cp),
+        mask(n * cp, true) {
     std::fill_n(bias.get(), n * cp, T(-1e30));
     const bool own = p.prototypes.dim() == 3;
     const int64_t last = p.prototypes.dim() - 1;
     unit.resize((own ? n : 1) * C * D), norm.resize((own ? n : 1) * C);
     for (int64_t row = 0; row < int64_t(norm.size()); ++row) {
       T* u = &unit[row * D];
-      const int64_t offset = (own ? row / C * p.prototypes.stride(0) : 0) + row % C * p.prototypes.stride(last - 1);
+      const int64_t offset =
+          (own ? row / C * p.prototypes.stride(0) : 0) + row % C * p.prototypes.stride(last - 1);
       read_elements(p.prototypes, offset, p.prototypes.stride(last), D, u);
       double squared = 0;
       for (int64_t d = 0; d < D; ++d) squared += double(u[d]) * double(u[d]);
@@ -98,7 +109,10 @@ template <class T>
 class Pixels {
  public:
   Pixels(const Problem& p, const ClassVectors<T>& classes, LabelCheck& check)
-      : regions_{&p.regions}, weights_{p.weights ? &*p.weights : nullptr}, classes_(classes), ignore_(p.ignore_index),
+      : regions_{&p.regions},
+        weights_{p.weights ? &*p.weights : nullptr},
+        classes_(classes),
+        ignore_(p.ignore_index),
         check_(check) {}
 
   void read(int64_t b, int64_t y, int64_t x, int64_t n) {
@@ -194,7 +208,8 @@ std::tuple<Tensor, Tensor> contrast(const Problem& p) {
         for (int64_t i = 0; i < t.n; ++i) {
           o[i] = T(0);
           if (pixels.labels[i] < 0) continue;
-          const auto softmax = pixel(&z[i * cp], logits.get(), inverse_norm(squares[i], eps), t.b, pixels.labels[i]);
+          const auto softmax =
+              pixel(&z[i * cp], logits.get(), inverse_norm(squares[i], eps), t.b, pixels.labels[i]);
           o[i] = pixels.weights[i] * softmax.loss();
           counted[t.index] += double(pixels.weights[i]);
         }
@@ -236,8 +251,8 @@ std::tuple<Tensor, Tensor> contrast(const Problem& p) {
 // From the class sums of the gradients, [B][D][cp] = d loss / d q, to the prototypes and the temperature:
 // q = p̂/τ, dp = (dq - p̂ <p̂,dq>) / (|p| τ), dτ = -<p̂,dq> / τ².
 template <class T>
-void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& classes, const Problem& p, T* d_prototypes,
-                     double* d_temperature) {
+void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& classes, const Problem& p,
+                     T* d_prototypes, double* d_temperature) {
   const int64_t C = classes.C, D = classes.D, rows = int64_t(classes.norm.size());
   *d_temperature = 0;
   std::vector<double> dq(D);
@@ -256,14 +271,16 @@ void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& cl
     for (int64_t d = 0; d < D && used; ++d) along += double(u[d]) * dq[d];
     if (used) *d_temperature -= along / (p.temperature * p.temperature);
     const double scale = used && classes.norm[row] > 0 ? 1 / (classes.norm[row] * p.temperature) : 0;
-    for (int64_t d = 0; d < D; ++d) d_prototypes[row * D + d] = scale == 0 ? T(0) : T(scale * (dq[d] - double(u[d]) * along));
+    for (int64_t d = 0; d < D; ++d)
+      d_prototypes[row * D + d] = scale == 0 ? T(0) : T(scale * (dq[d] - double(u[d]) * along));
   }
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional<Tensor>& grad_loss,
-                                                             const std::optional<Tensor>& grad_total, const Problem& p,
-                                                             const Tensor& temperature, const std::vector<bool>& needs) {
+                                                             const std::optional<Tensor>& grad_total,
+                                                             const Problem& p, const Tensor& temperature,
+                                                             const std::vector<bool>& needs) {
   auto f = FeatureView::of(p.features);
   const ClassVectors<T> classes(p);
   const int64_t cp = classes.cp, C = classes.C, H = p.H(), W = p.W();
@@ -292,12 +309,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
   };
   Buffer<T> sums;
   if (p.same_grid()) {
-    const bool flat = p.is_flat() && (!grad_loss || is_flat_map(*grad_loss)) && (!needs[0] || is_flat_map(grad_features));
+    const bool flat =
+        p.is_flat() && (!grad_loss || is_flat_map(*grad_loss)) && (!needs[0] || is_flat_map(grad_features));
     if (flat) f = f.flat(), out = out.flat();
     const int64_t tile = tile_pixels(f.D, sizeof(T)), ldg = round_up(tile, kLanes<T>);
     sums = tile_pass<T>(f, cp, class_sums, [&] {
-      return [&, pixels = Pixels<T>(p, classes, check), squares = Buffer<T>(ldg), logits = Buffer<T>(cp), gt = Buffer<T>(C * ldg),
-              norm = Buffer<T>(ldg), gradient = Buffer<T>(tile), result = Buffer<T>(f.D * tile_stride<T>(tile))](Tile<T>& t) mutable {
+      return [&, pixels = Pixels<T>(p, classes, check), squares = Buffer<T>(ldg), logits = Buffer<T>(cp),
+              gt = Buffer<T>(C * ldg), norm = Buffer<T>(ldg), gradient = Buffer<T>(tile),
+              result = Buffer<T>(f.D * tile_stride<T>(tile))](Tile<T>& t) mutable {
         const int64_t padded = round_up(t.n, kLanes<T>);
         pixels.read(t.b, t.y, t.x, t.n);
         read_gradient(t.b, t.y, t.x, t.n, gradient.get());
@@ -313,8 +332,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
             continue;
           }
           t.active[t.count++] = int32_t(i);
-          norm[i] = T(2) * pixel(z, logits.get(), inverse_norm(squares[i], eps), t.b, pixels.labels[i], gradient[i],
-                                 pixels.weights[i], dw);
+          norm[i] = T(2) * pixel(z, logits.get(), inverse_norm(squares[i], eps), t.b, pixels.labels[i],
+                                 gradient[i], pixels.weights[i], dw);
         }
         if (!needs[0]) return;
         transpose_tile(t.g, cp, C, t.n, gt.get(), ldg);
@@ -347,7 +366,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
               continue;
             }
             blend.at(xs, x, z.get());
-            const T k = pixel(z.get(), logits.get(), inverse[x], b, pixels.labels[x], gradient[x], pixels.weights[x], dw);
+            const T k = pixel(z.get(), logits.get(), inverse[x], b, pixels.labels[x], gradient[x],
+                              pixels.weights[x], dw);
             row.add(xs, x, z.get());
             row.add_squared(xs, x, k);
           }
@@ -375,23 +395,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
   return {grad_features, grad_prototypes, grad_temperature, d_weights};
 }
 
-std::tuple<Tensor, Tensor> prototype_contrast_cpu(const Tensor& features, const Tensor& prototypes, const Tensor& regions,
-                                                  const Tensor& temperature, const std::optional<Tensor>& valid,
+std::tuple<Tensor, Tensor> prototype_contrast_cpu(const Tensor& features, const Tensor& prototypes,
+                                                  const Tensor& regions, const Tensor& temperature,
+                                                  const std::optional<Tensor>& valid,
                                                   const std::optional<Tensor>& weights, int64_t ignore_index,
                                                   bool align_corners, double eps) {
-  const Problem p{features, prototypes, regions, scalar_value(temperature), valid, weights, ignore_index, align_corners, eps};
+  const Problem p{features,     prototypes,    regions, scalar_value(temperature), valid, weights,
+                  ignore_index, align_corners, eps};
   p.check();
-  return with_accumulation({features.scalar_type(), prototypes.scalar_type()}, [&](auto zero) {
-    return contrast<decltype(zero)>(p);
-  });
+  return with_accumulation({features.scalar_type(), prototypes.scalar_type()},
+                           [&](auto zero) { return contrast<decltype(zero)>(p); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_contrast_backward_cpu(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_total, const Tensor& features,
-    const Tensor& prototypes, const Tensor& regions, const Tensor& temperature, const std::optional<Tensor>& valid,
-    const std::optional<Tensor>& weights, int64_t ignore_index, bool align_corners, double eps,
-    const std::vector<bool>& needs) {
-  const Problem p{features, prototypes, regions, scalar_value(temperature), valid, weights, ignore_index, align_corners, eps};
+    const Tensor& prototypes, const Tensor& regions, const Tensor& temperature,
+    const std::optional<Tensor>& valid, const std::optional<Tensor>& weights, int64_t ignore_index,
+    bool align_corners, double eps, const std::vector<bool>& needs) {
+  const Problem p{features,     prototypes,    regions, scalar_value(temperature), valid, weights,
+                  ignore_index, align_corners, eps};
   p.check();
   return with_accumulation({features.scalar_type(), prototypes.scalar_type()}, [&](auto zero) {
     return contrast_backward<decltype(zero)>(grad_loss, grad_total, p, temperature, needs);

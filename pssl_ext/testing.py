@@ -1,9 +1,9 @@
 """Tolerances and assertions that the tests and the benchmarks share.
 
-Truth is the reference in float64 on the same inputs. A kernel may err twice as much as the reference does in the kernel's
-own types, plus one rounding of the result and a few of the accumulation: the bound is the same for every operator, and
-`allowed` is the one place it is written. Gradients must also point the same way (cosine) and be neither shrunk nor shifted
-(signed bias), which catches a wrong factor that hides below the largest half-precision rounding error.
+Truth is the reference in float64 on the same inputs. A kernel may err twice as much as the reference does in the
+kernel's own types, plus one rounding of the result and a few of the accumulation: the bound is the same for every
+operator, and `allowed` is the one place it is written. Gradients must also point the same way (cosine) and be neither
+shrunk nor shifted (signed bias), which catches a wrong factor that hides below the largest half-precision rounding error.
 """
 
 from __future__ import annotations
