@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& gr
           for (int64_t x = 0; x < W; ++x) {
             const T u = inverse[x];
             T s = T(0);
-            if (masks.soft() || masks.labels[x] >= 0) blend.at(xs, x, z.get());
+            if (masks.soft() || masks.labels[x] >= 0) blend.at(xs, x, cp, z.get());
             masks.each(x, [&](int64_t c, T m) {
               row.add_one(xs, x, c, m * masks.weights[x] * u);
               s += m * masks.weights[x] * z[c] * u;

@@ -125,11 +125,13 @@ struct RowBlend {
       inverse[x] = inverse_norm(blend_squared(self[i], self[i + 1], right[i], axis.fraction[x]), eps);
     }
   }
-  // z[0..cp) = the blended products at label pixel x
-  void at(const Axis<T>& axis, int64_t x, T* z) const {
+  // z[0..columns) = the blended products at label pixel x; columns = cp, see with_columns
+  template <class Columns>
+  void at(const Axis<T>& axis, int64_t x, Columns columns, T* z) const {
     const T *z0 = &dots[axis.index[x] * cp], *z1 = z0 + cp;
     const T t = axis.fraction[x], s = T(1) - t;
-    for (int64_t c = 0; c < cp; c += kLanes<T>) store<T>(z + c, s * load<T>(z0 + c) + t * load<T>(z1 + c));
+    for (int64_t c = 0; c < columns; c += kLanes<T>)
+      store<T>(z + c, s * load<T>(z0 + c) + t * load<T>(z1 + c));
   }
 };
 
@@ -181,11 +183,12 @@ struct RowAdjoint {
     std::fill_n(self.get(), w + 1, T(0));
     std::fill_n(right.get(), w + 1, T(0));
   }
-  // g[0..cp): the gradient of the products at label pixel x
-  void add(const Axis<T>& axis, int64_t x, const T* g) {
+  // g[0..columns): the gradient of the products at label pixel x
+  template <class Columns>
+  void add(const Axis<T>& axis, int64_t x, Columns columns, const T* g) {
     T *g0 = &dots[axis.index[x] * cp], *g1 = g0 + cp;
     const T t = axis.fraction[x], s = T(1) - t;
-    for (int64_t c = 0; c < cp; c += kLanes<T>) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
       const Vec<T> v = load<T>(g + c);
       store<T>(g0 + c, load<T>(g0 + c) + s * v);
       store<T>(g1 + c, load<T>(g1 + c) + t * v);
