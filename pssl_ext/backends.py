@@ -42,6 +42,7 @@ def load_native() -> None:
         )
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the question
 def _has_kernel(op: str, device_type: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pssl::{op}", key)

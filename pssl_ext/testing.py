@@ -2,8 +2,8 @@
 
 Truth is the reference in float64 on the same inputs. A kernel may err twice as much as the reference does in the
 kernel's own types, plus one rounding of the result and a few of the accumulation: the bound is the same for every
-operator, and `allowed` is the one place it is written. Gradients must also point the same way (cosine) and be neither
-shrunk nor shifted (signed bias), which catches a wrong factor that hides below the largest half-precision rounding error.
+operator, and `allowed` is the one place it is written. Gradients must also have the right direction (cosine) and be
+neither shrunk nor shifted (signed bias), which shows a factor that hides below a half-precision rounding error.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from pssl_ext.registry import OPS, OpSpec, Sample
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-#: how many roundings of the accumulation type a result may be away, relative to its largest magnitude
-ACCUMULATION_ROUNDINGS = 16
+ACCUMULATION_ROUNDINGS = 16  # that a result may be away, relative to its largest magnitude
 
 
 # -- layouts -------------------------------------------------------------------------------------------------

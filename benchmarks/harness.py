@@ -1,0 +1,235 @@
+"""Runs providers of one computation beside each other: first do they agree, then time, memory, share of a copy's speed.
+
+A problem is a set of tensors with several providers, functions that all compute the same from them. Nothing is timed
+before all of them agree; then they take turns, so that a slow phase of the machine hits every one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pssl_ext.testing import errors
+
+PASSES = ("forward", "forward+backward")
+MOST_CALLS = 50  # for each provider and pass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``providers``: name to a function of ``inputs`` that returns one scalar loss, whose gradient is taken to the
+    ``inputs`` named in ``wanted``. ``ours``: the provider that the ratios refer to.
+    ``bytes_moved``: compulsory bytes of (forward, backward).
+    """
+
+    name: str
+    inputs: dict[str, Tensor]
+    wanted: tuple[str, ...]
+    providers: dict[str, Callable[..., Tensor]]
+    ours: str
+    bytes_moved: tuple[int, int]
+
+    def step(self, provider: str, backward: bool) -> list[Tensor]:
+        """[loss, gradients …] of one call."""
+        inputs = {n: t.detach() for n, t in self.inputs.items()}
+        leaves = [inputs[n].requires_grad_(backward) for n in self.wanted]
+        loss = self.providers[provider](**inputs)
+        grads = torch.autograd.grad(loss, leaves) if backward else ()
+        return [loss.detach(), *grads]
+
+
+@dataclass(frozen=True)
+class Result:
+    problem: str
+    provider: str
+    work: str
+    calls: int
+    p20: float  # seconds
+    p50: float
+    p80: float
+    ratio: float  # p50 to ours
+    extra_bytes: int
+    copy_share: float  # compulsory bytes / time, as a share of the copy bandwidth
+
+
+def check_agreement(problem: Problem, tolerance: float = 1e-4) -> dict[str, int]:
+    """Loss and gradients of every provider against the first one's; stops with the difference.
+
+    The tolerance is relative to the largest value: loose enough for float32 sums in any order, far below any mistake.
+    How near each is to the truth in float64 is the tests' business. Returns the peak extra bytes of each provider.
+    """
+    names = ["loss", *(f"grad {n}" for n in problem.wanted)]
+    first, expected, memory = "", [], {}
+    for provider in problem.providers:
+        found, memory[provider] = _with_peak_bytes(problem, provider, True)
+        first, expected = first or provider, expected or found
+        for name, got, other in zip(names, found, expected, strict=True):
+            largest, error = float(other.abs().max()), errors(got, other).largest
+            if not error <= tolerance * largest:
+                raise SystemExit(
+                    f"{problem.name}: {provider} disagrees with {first}: {name} is {error:.3g} away, "
+                    f"largest value {largest:.3g}"
+                )
+    return memory
+
+
+def measure(problem: Problem, bandwidth: float, seconds: float) -> list[Result]:
+    """Agreement, then times: each provider gets about ``seconds`` for each pass, and one call if that takes longer."""
+    memory = {"forward+backward": check_agreement(problem)}
+    memory["forward"] = {name: _with_peak_bytes(problem, name, False)[1] for name in problem.providers}
+    results = []
+    for work in PASSES:
+        backward = work != "forward"
+        times: dict[str, list[float]] = {name: [] for name in problem.providers}
+        waiting = set(times)
+        while waiting:
+            for name in problem.providers:
+                if name in waiting:
+                    times[name].append(_time(problem, name, backward))
+                    if sum(times[name]) > seconds or len(times[name]) == MOST_CALLS:
+                        waiting.remove(name)
+        middle = {name: _percentile(t, 50) for name, t in times.items()}
+        compulsory = problem.bytes_moved[0] + (problem.bytes_moved[1] if backward else 0)
+        for name, t in times.items():
+            spread = (_percentile(t, 20), middle[name], _percentile(t, 80))
+            share = compulsory / middle[name] / bandwidth
+            ratio = middle[name] / middle[problem.ours]
+            results.append(
+                Result(problem.name, name, work, len(t), *spread, ratio, memory[work][name], share)
+            )
+    return results
+
+
+def _time(problem: Problem, provider: str, backward: bool) -> float:
+    _synchronize(problem)
+    start = time.perf_counter()
+    problem.step(provider, backward)
+    _synchronize(problem)
+    return time.perf_counter() - start
+
+
+def _synchronize(problem: Problem) -> bool:
+    """Waits for the GPU; False where there is none to wait for."""
+    on_gpu = next(iter(problem.inputs.values())).is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+    return on_gpu
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return sorted(values)[round((len(values) - 1) * percent / 100)]
+
+
+def _with_peak_bytes(problem: Problem, provider: str, backward: bool) -> tuple[list[Tensor], int]:
+    """The step's result, and the most bytes allocated at one time during it beyond what was there before.
+
+    GPU: the caching allocator's peak. CPU: running sum of the profiler's allocation events; it sees what goes through
+    PyTorch's allocator, and no scratch that a kernel takes from malloc itself. The first call warms up and compiles.
+    """
+    if _synchronize(problem):
+        problem.step(provider, backward)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = problem.step(provider, backward)
+        torch.cuda.synchronize()
+        return found, torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        found = problem.step(provider, backward)
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return found, peak
+
+
+def copy_bandwidth(device: str, seconds: float = 1.0) -> float:
+    """Bytes per second read and written by ``b.copy_(a)``, on blocks too large for any cache."""
+    a = torch.ones((256 if device == "cpu" else 2048) * 2**18, device=device)
+    b = torch.empty_like(a)
+    times: list[float] = []
+    while not times or sum(times) < seconds:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        b.copy_(a)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * a.numel() * a.element_size() / _percentile(times[1:] or times, 50)
+
+
+def show(results: list[Result], bandwidth: float) -> None:
+    console = Console(width=None if os.isatty(1) else 130)
+    for problem in dict.fromkeys(r.problem for r in results):
+        table = Table(title=problem, title_justify="left")
+        for column in (
+            "provider",
+            "pass",
+            "calls",
+            "p20 ms",
+            "p50 ms",
+            "p80 ms",
+            "× ours",
+            "extra MiB",
+            "% of copy",
+        ):
+            table.add_column(column, justify="left" if column in ("provider", "pass") else "right")
+        for r in results:
+            if r.problem == problem:
+                times = [f"{1e3 * t:.1f}" for t in (r.p20, r.p50, r.p80)]
+                memory, share = f"{r.extra_bytes / 2**20:.1f}", f"{100 * r.copy_share:.2f}"
+                table.add_row(r.provider, r.work, str(r.calls), *times, f"{r.ratio:.2f}", memory, share)
+        console.print(table)
+    console.print(f"copy: {bandwidth / 1e9:.2f} GB/s (bytes read and written)")
+
+
+def write(path: Path, results: list[Result], bandwidth: float, device: str) -> None:
+    """One JSON file: the machine, the versions and the results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {**machine(device), "copy_bytes_per_second": bandwidth, "results": [asdict(r) for r in results]}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+def machine(device: str) -> dict[str, object]:
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Short hash, with a + where the working tree has changes."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
