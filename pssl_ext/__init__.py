@@ -1,0 +1,18 @@
+"""pssl_ext: fused PyTorch operators for weakly supervised semantic segmentation.
+
+>>> from pssl_ext import prototype_pool, prototype_contrast
+
+Every operator has a plain PyTorch reference (its specification) and compiled kernels; ``explain(op, device)`` tells
+which of them runs, ``python -m pssl_ext.env`` what was built.
+"""
+
+from pssl_ext.backends import explain, load_native
+from pssl_ext.ops.cam_compare import cam_compare
+from pssl_ext.ops.cam_regions import cam_regions
+from pssl_ext.ops.cam_sweep import cam_sweep
+from pssl_ext.ops.prototype_contrast import prototype_contrast
+from pssl_ext.ops.prototype_pool import prototype_pool
+
+load_native()
+
+__all__ = ["cam_compare", "cam_regions", "cam_sweep", "explain", "prototype_contrast", "prototype_pool"]

@@ -1,0 +1,51 @@
+"""Argument checks that every operator shares. An error names the operator, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def require(ok: bool, op: str, argument: str, expected: str, got: Any) -> None:
+    """Raises ValueError ``<op>: <argument> must be <expected>, got <got>`` unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{op}: {argument} must be {expected}, got {_describe(got)}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{list(value.shape)} {value.dtype} on {value.device}"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def require_tensor(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor, got {type(value).__name__}")
+
+
+def require_floating(op: str, argument: str, value: Tensor) -> None:
+    require_tensor(op, argument, value)
+    floating = value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    require(floating, op, argument, "float16, bfloat16, float32 or float64", value.dtype)
+
+
+def require_integer(op: str, argument: str, value: Tensor) -> None:
+    require_tensor(op, argument, value)
+    integer = value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    require(integer, op, argument, "of an integer type", value.dtype)
+
+
+def require_device(op: str, argument: str, value: Tensor, device: torch.device) -> None:
+    require(value.device == device, op, argument, f"on {device} as the first argument", value)
+
+
+def check_regions(op: str, regions: Tensor, num_regions: int, ignore_index: int) -> None:
+    """Raises ValueError if a label is neither in 0..num_regions-1 nor ``ignore_index``. Reads the data."""
+    bad = (regions != ignore_index) & ((regions < 0) | (regions >= num_regions))
+    if bool(bad.any()):
+        values = torch.unique(regions[bad])[:5].tolist()
+        raise ValueError(
+            f"{op}: regions must hold labels 0..{num_regions - 1} or ignore_index={ignore_index}, got {values}"
+        )

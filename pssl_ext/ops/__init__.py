@@ -1,0 +1,1 @@
+"""One module an operator: its schema, reference, checks and samples."""

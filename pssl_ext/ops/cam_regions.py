@@ -1,0 +1,135 @@
+"""cam_regions: multi-scale CAMs to a class region mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pssl_ext import checks
+from pssl_ext.ops._reference import accumulation_dtype, resize
+from pssl_ext.registry import Sample, call, define_op
+
+OP = "cam_regions"
+EPS = 1e-5  # added to the maximum before dividing, as SEAM and IRN do
+
+
+def reference(
+    cams: list[Tensor],  # T of [B,K,h_t,w_t]
+    image_labels: Tensor,  # [B,K]
+    height: int,
+    width: int,
+    foreground: float,
+    background: float,
+    ignore_index: int,
+) -> Tensor:  # uint8 [B,H,W]
+    dtype = accumulation_dtype(*cams)
+    present = (image_labels != 0)[:, :, None, None]
+    # a class absent from the image is replaced, not multiplied away: 0 · NaN is NaN
+    total = sum(
+        torch.where(present, resize(c.to(dtype), (height, width)), 0.0).relu() for c in cams
+    )  # [B,K,H,W]
+    if total.numel() == 0:
+        return torch.zeros(total.shape[0], height, width, dtype=torch.uint8, device=total.device)
+    total = total / (total.amax((2, 3), keepdim=True) + EPS)
+    total = torch.where(present, total, -1.0)  # an absent class never wins
+    best, index = total.max(1)  # ties: the lowest class
+    unsure = torch.where(best < background, 0, ignore_index)
+    return torch.where(best >= foreground, index + 1, unsure).to(torch.uint8)
+
+
+def _fake(cams, image_labels, height, width, foreground, background, ignore_index):
+    return cams[0].new_empty(cams[0].shape[0], height, width, dtype=torch.uint8)
+
+
+def _bytes_moved(cams: Sequence[Tensor], image_labels: Tensor, size: tuple[int, int], **_) -> tuple[int, int]:
+    return sum(c.numel() * c.element_size() for c in cams) + cams[0].shape[0] * size[0] * size[1], 0
+
+
+def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    g = torch.Generator().manual_seed(13)
+
+    def cams(b: int, k: int, *sizes: tuple[int, int]) -> list[Tensor]:
+        return [torch.randn(b, k, *s, generator=g, dtype=torch.float64).to(dtype).to(device) for s in sizes]
+
+    def labels(b: int, k: int) -> Tensor:
+        return torch.randint(0, 2, (b, k), generator=g).to(device)
+
+    yield Sample(
+        "multi_scale", dict(cams=cams(2, 3, (4, 5), (8, 10)), image_labels=labels(2, 3), size=(32, 40))
+    )
+    band = dict(
+        cams=cams(2, 3, (7, 9)), image_labels=labels(2, 3), size=(7, 9), foreground=0.6, background=0.4
+    )
+    yield Sample("ignore_band", band)
+    none = dict(cams=cams(1, 3, (4, 4)), image_labels=torch.zeros(1, 3, device=device), size=(8, 8))
+    yield Sample("no_class", none)
+    yield Sample("empty_batch", dict(cams=cams(0, 3, (4, 4)), image_labels=labels(0, 3), size=(8, 8)))
+
+
+@define_op(
+    schema=(
+        "(Tensor[] cams, Tensor image_labels, SymInt height, SymInt width, float foreground, float background, "
+        "int ignore_index) -> Tensor"
+    ),
+    reference=reference,
+    fake=_fake,
+    samples=_samples,
+    bytes_moved=_bytes_moved,
+)
+def cam_regions(
+    cams: Sequence[Tensor],  # T of [B,K,h_t,w_t]
+    image_labels: Tensor,  # [B,K]
+    *,
+    size: tuple[int, int],
+    foreground: float = 0.3,
+    background: float | None = None,
+    ignore_index: int = 255,
+    backend: str = "auto",
+) -> Tensor:  # uint8 [B,H,W]
+    """Class region mask from multi-scale CAMs: where RCM takes its prototypes from and what it contrasts with.
+
+    A_k = Σ_t relu(upsample(cams[t]))_k over the classes present in the image, divided by its maximum over the image
+    (+1e-5). region(x) = k+1 for the best class if its A ≥ ``foreground``; 0 (background) if A < ``background``;
+    ``ignore_index`` between. Ties: the lowest class.
+
+    Args:
+        cams: list of T tensors [B,K,h_t,w_t], floating, of any sizes; at least one.
+        image_labels: [B,K], non-zero where the class is present.
+        size: (H,W) of the mask.
+        foreground: threshold of the foreground, a share of the class's maximum (0.3: Yoon et al. 2021).
+        background: threshold of the background; None: = foreground, so that no pixel is ignored.
+        ignore_index: label of the band between, 0..255.
+        backend: "auto", "native", "triton" or "reference".
+
+    Returns:
+        uint8 [B,H,W]. No gradient. Deterministic.
+
+    Raises:
+        ValueError, TypeError: for shapes, types, more than 254 classes, background > foreground.
+    """
+    k = _check_cams(OP, "cams", cams, image_labels)
+    checks.require(k <= 254, OP, "cams", "of at most 254 classes (the mask is uint8)", f"{k} classes")
+    background = foreground if background is None else background
+    checks.require(background <= foreground, OP, "background", f"at most foreground={foreground}", background)
+    checks.require(
+        0 <= ignore_index <= 255, OP, "ignore_index", "in 0..255 (the mask is uint8)", ignore_index
+    )
+    height, width = size
+    args = (list(cams), image_labels, height, width, float(foreground), float(background), ignore_index)
+    return call(OP, backend, *args)
+
+
+def _check_cams(op: str, argument: str, cams: Sequence[Tensor], image_labels: Tensor) -> int:
+    """Checks a list of CAM maps against the image labels [B,K]; returns K."""
+    checks.require(len(cams) >= 1, op, argument, "at least one map", "none")
+    checks.require_tensor(op, "image_labels", image_labels)
+    checks.require(image_labels.ndim == 2, op, "image_labels", "[B,K]", image_labels)
+    b, k = image_labels.shape
+    for i, cam in enumerate(cams):
+        checks.require_floating(op, f"{argument}[{i}]", cam)
+        ok = cam.ndim == 4 and tuple(cam.shape[:2]) == (b, k)
+        checks.require(ok, op, f"{argument}[{i}]", f"[B,K,h,w]=[{b},{k},*,*]", cam)
+        checks.require_device(op, f"{argument}[{i}]", cam, image_labels.device)
+    return k

@@ -1,0 +1,309 @@
+"""One description per operator: schema, reference, fake kernel, gradients, samples, bytes moved.
+
+``define_op`` is all an operator needs in Python. From its schema and its reference it derives
+
+* the dispatcher entry ``torch.ops.pssl.<op>`` with the reference as the kernel every device falls back to,
+* ``torch.ops.pssl.<op>_backward``, an operator of its own, whose fallback differentiates the reference,
+* the fake kernels and the autograd formula that ``torch.compile`` and ``torch.library.opcheck`` ask for.
+
+Native kernels (C++, CUDA) register themselves for the same two names when ``pssl_ext._C`` is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pssl_ext import backends
+
+NAMESPACE = "pssl"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+#: every operator by name, in the order of definition
+OPS: dict[str, OpSpec] = {}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator: the public function's arguments by name, and the name of the case."""
+
+    id: str
+    args: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return self.id
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What the dispatcher, the tests and the benchmarks know of one operator.
+
+    ``reference`` takes the schema's arguments in order. ``differentiable`` names the arguments that have a
+    gradient (a tensor or a list of tensors); an operator without any gets no backward. ``check_values`` looks at
+    the data (label ranges) and so runs on CPU, and on other devices only with ``PSSL_DEBUG=1``.
+    ``samples(device, dtype)`` yields calls, ``bytes_moved(**public arguments)`` the compulsory traffic of
+    (forward, backward): every input read once, every output written once.
+    """
+
+    name: str
+    schema: str
+    function: Callable
+    reference: Callable
+    fake: Callable
+    samples: Callable[..., Iterator[Sample]]
+    bytes_moved: Callable[..., tuple[int, int]]
+    differentiable: tuple[str, ...] = ()
+    check_values: Callable | None = None
+    #: first argument of the schema that is a tensor or a list of tensors: its device is the call's device
+    argument_names: tuple[str, ...] = field(default=())
+    output_count: int = 1
+
+    @property
+    def op(self) -> Any:
+        return getattr(torch.ops.pssl, self.name).default
+
+    @property
+    def op_backward(self) -> Any:
+        return getattr(torch.ops.pssl, self.name + "_backward").default
+
+
+def define_op(
+    *,
+    schema: str,
+    reference: Callable,
+    fake: Callable,
+    samples: Callable,
+    bytes_moved: Callable,
+    differentiable: tuple[str, ...] = (),
+    check_values: Callable | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorates the public function: registers ``pssl::<function name>`` and returns the function unchanged."""
+
+    def register(function: Callable) -> Callable:
+        name = function.__name__
+        if name in OPS:
+            raise ValueError(f"define_op: {name} is defined twice")
+        parsed = torch._C.parse_schema(name + schema)
+        spec = OpSpec(
+            name=name,
+            schema=schema,
+            function=function,
+            reference=reference,
+            fake=fake,
+            samples=samples,
+            bytes_moved=bytes_moved,
+            differentiable=differentiable,
+            check_values=check_values,
+            argument_names=tuple(a.name for a in parsed.arguments),
+            output_count=len(parsed.returns),
+        )
+        unknown = set(differentiable) - set(spec.argument_names)
+        if unknown:
+            raise ValueError(
+                f"define_op: {name} has no argument {sorted(unknown)}; it has {spec.argument_names}"
+            )
+        _library.define(name + schema)
+        _library.impl(name, _composite_forward(spec), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        if differentiable:
+            _register_backward(spec, parsed)
+        OPS[name] = spec
+        return function
+
+    return register
+
+
+def call(name: str, backend: str, *args: Any) -> Any:
+    """Runs operator ``name`` on schema arguments ``args`` by the backend that ``backend`` chooses."""
+    spec = OPS[name]
+    device = _device_of(args)
+    if backends.choose(name, backend, device) == "reference":
+        if not torch.compiler.is_compiling():
+            _check_values(spec, device, args)
+        return _without_autocast(spec.reference)(*args)
+    return spec.op(*args)
+
+
+# -- the reference as a kernel -----------------------------------------------------------------------------------------
+
+
+def _composite_forward(spec: OpSpec) -> Callable:
+    def kernel(*args: Any) -> Any:
+        _check_values(spec, _device_of(args), args)
+        return _without_autocast(spec.reference)(*args)
+
+    return kernel
+
+
+def _composite_backward(spec: OpSpec) -> Callable:
+    """The gradient of the reference by autograd; ``torch.func.vjp`` because autograd's own keys are off in a kernel."""
+
+    def kernel(*all_args: Any) -> tuple:
+        grads, args, needs = _split_backward_args(spec, all_args)
+        wanted = [i for i, n in zip(_differentiable_indices(spec), needs, strict=True) if n]
+        fixed = list(args)
+
+        def only_wanted(*values: Any) -> Any:
+            for i, value in zip(wanted, values, strict=True):
+                fixed[i] = value
+            return spec.reference(*fixed)
+
+        found: dict[int, Any] = {}
+        if wanted:
+            outputs, vjp = torch.func.vjp(_without_autocast(only_wanted), *(args[i] for i in wanted))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            cotangents = tuple(
+                torch.zeros_like(o) if g is None else g.to(o.dtype)
+                for g, o in zip(grads, outputs, strict=True)
+            )
+            found = dict(
+                zip(wanted, vjp(cotangents if spec.output_count > 1 else cotangents[0]), strict=True)
+            )
+        return tuple(_like(args[i], found.get(i)) for i in _differentiable_indices(spec))
+
+    return kernel
+
+
+def _like(argument: Any, gradient: Any) -> Any:
+    """``gradient`` in the layout of ``argument``; an empty tensor (a list of none) where none was asked for."""
+    if isinstance(argument, (list, tuple)):
+        return [] if gradient is None else [_like(a, g) for a, g in zip(argument, gradient, strict=True)]
+    if gradient is None:
+        return argument.new_empty(0) if argument is not None else torch.empty(0)
+    return torch.empty_like(argument).copy_(gradient)
+
+
+def _fake_like(argument: Any, needed: bool) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return [torch.empty_like(a) for a in argument] if needed else []
+    if argument is None:
+        return torch.empty(0)
+    return torch.empty_like(argument) if needed else argument.new_empty(0)
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Inputs are taken as they are: under autocast a reference's matrix products would drop to half precision."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        device_type = _device_of(args).type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return function(*args)
+        return function(*args)
+
+    return wrapped
+
+
+def _check_values(spec: OpSpec, device: torch.device, args: tuple) -> None:
+    """Reading values waits for the device, so only CPU tensors are looked at unless PSSL_DEBUG=1 asks for it."""
+    if spec.check_values is not None and (device.type == "cpu" or os.environ.get("PSSL_DEBUG") == "1"):
+        spec.check_values(*args)
+
+
+def _device_of(args: tuple) -> torch.device:
+    for a in args:
+        if isinstance(a, Tensor):
+            return a.device
+        if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor):
+            return a[0].device
+    return torch.device("cpu")
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _differentiable_indices(spec: OpSpec) -> list[int]:
+    return [spec.argument_names.index(n) for n in spec.differentiable]
+
+
+def _split_backward_args(spec: OpSpec, all_args: tuple) -> tuple[tuple, tuple, Any]:
+    """(gradients of the outputs, forward arguments, which gradients are wanted) of a backward call."""
+    n = spec.output_count
+    return all_args[:n], all_args[n:-1], all_args[-1]
+
+
+def _backward_schema(spec: OpSpec, parsed: Any) -> str:
+    """Gradients of the outputs (None: zero), the forward's arguments, and for each gradient whether it is wanted."""
+    grads = ", ".join(f"Tensor? grad_{i}" for i in range(spec.output_count))
+    forward = spec.schema[1 : spec.schema.rindex("->")].strip()[:-1]
+    results = ", ".join(
+        "Tensor[]" if _is_list(parsed.arguments[i]) else "Tensor" for i in _differentiable_indices(spec)
+    )
+    return f"({grads}, {forward}, bool[] needs) -> ({results})"
+
+
+def _is_list(argument: Any) -> bool:
+    return isinstance(argument.type, torch.ListType)
+
+
+def _register_backward(spec: OpSpec, parsed: Any) -> None:
+    name = spec.name + "_backward"
+    indices = _differentiable_indices(spec)
+    single = len(indices) == 1
+
+    def unwrap(results: tuple) -> Any:
+        return results[0] if single else results
+
+    composite = _composite_backward(spec)
+    _library.define(name + _backward_schema(spec, parsed))
+    _library.impl(name, lambda *a: unwrap(composite(*a)), "CompositeExplicitAutograd")
+
+    def fake(*all_args: Any) -> Any:
+        _, args, needs = _split_backward_args(spec, all_args)
+        return unwrap(tuple(_fake_like(args[i], n) for i, n in zip(indices, needs, strict=True)))
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        # Lists of tensors are saved flat; `layout` says how to put the arguments together again.
+        tensors: list[Tensor | None] = []
+        layout: list[Any] = []
+        for value in inputs:
+            if isinstance(value, Tensor):
+                layout.append("tensor")
+                tensors.append(value)
+            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+                layout.append(("list", len(value)))
+                tensors.extend(value)
+            else:
+                layout.append(("plain", value))
+        ctx.save_for_backward(*tensors)
+        ctx.layout = layout
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        saved = iter(ctx.saved_tensors)
+        args: list[Any] = []
+        for entry in ctx.layout:
+            if entry == "tensor":
+                args.append(next(saved))
+            elif entry[0] == "list":
+                args.append([next(saved) for _ in range(entry[1])])
+            else:
+                args.append(entry[1])
+        # a list argument's entry in needs_input_grad is itself a list, one flag a tensor
+        needs = [
+            any(n) if isinstance(n, (list, tuple)) else bool(n)
+            for n in (ctx.needs_input_grad[i] for i in indices)
+        ]
+        results: list[Any] = [None] * len(args)
+        if any(needs) and any(g is not None for g in grads):
+            found = spec.op_backward(*grads, *args, needs)
+            for i, needed, gradient in zip(indices, needs, (found,) if single else found, strict=True):
+                if needed:
+                    results[i] = gradient
+        for i, value in enumerate(args):
+            if isinstance(value, list) and value and isinstance(value[0], Tensor) and results[i] is None:
+                results[i] = [None] * len(value)
+        return tuple(results)
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{spec.name}", backward, setup_context=setup_context, lib=_library
+    )
