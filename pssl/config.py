@@ -42,9 +42,9 @@ class DataConfig:
     """ImageSets split held out (VOC's name)."""
     size: int = 96
     """Side in pixels of the square that images are resized to. 96: the embedded set's own size."""
-    crop_scale: float = 0.7
-    """Training images are random crops of at least this share of the area, resized back; 1 is no cropping.
-    Measured on the embedded set. Not used with a frozen backbone, whose activations are cached."""
+    zoom: Floats = (1.0, 1.25)
+    """Training images are resized by a random factor of this range, then cut back to `size` at random. Measured on
+    the embedded set. Not used with a frozen backbone, whose activations are cached."""
 
 
 @dataclass

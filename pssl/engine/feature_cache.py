@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pssl.data.transforms import to_float
+
 FORMAT = "pssl-activations-1"
 
 
@@ -96,7 +98,7 @@ def _compute(
     for begin in range(0, total, batch_size):
         batch = images[begin : begin + batch_size].to(device)
         for scale in scales:
-            inputs = resized(backbone.normalise(batch), scale)
+            inputs = resized(backbone.normalise(to_float(batch)), scale)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             for flip in (0, 1):
                 out = backbone(inputs.flip(3) if flip else inputs).half().cpu().numpy()

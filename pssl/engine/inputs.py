@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pssl.data.transforms import random_flip, random_resized_crop, to_float
 from pssl.data.voc import VOCFolder
 from pssl.engine.feature_cache import ActivationSet, resized
 
@@ -20,8 +21,10 @@ class Inputs(Protocol):
     ids: Sequence[str]
     labels: Tensor
 
-    def training(self, indices: Sequence[int], draws: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
-        """Inputs of these images, changed at random and alike at every scale; `draws` [B,4] in 0..1 decide how."""
+    def training(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
+    ) -> dict[float, Tensor]:
+        """Inputs of these images, each changed at random by its own generator, and alike at every scale."""
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
         """Inputs of these images as they are, or mirrored."""
@@ -46,25 +49,31 @@ class ImageInputs:
         images: uint8 [N,3,S,S].
         labels: float32 [N,K].
         normalise: the backbone's.
-        crop_scale: least share of the area that a random crop keeps; 1 for none.
+        zoom: range of the random resizing before the random crop (`random_resized_crop`).
         device: where inputs go.
     """
 
-    def __init__(self, ids, images: Tensor, labels: Tensor, normalise, crop_scale: float, device) -> None:
+    def __init__(self, ids, images: Tensor, labels: Tensor, normalise, zoom, device) -> None:
         self.ids = ids
         self.images = images
         self.labels = labels
         self.normalise = normalise
-        self.crop_scale = crop_scale
+        self.zoom = zoom
+        self.size = images.shape[-1]
         self.device = device
 
-    def training(self, indices: Sequence[int], draws: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
-        batch = self.normalise(self.images[list(indices)].to(self.device))
-        batch = random_crop_and_flip(batch, self.crop_scale, draws)
+    def training(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
+    ) -> dict[float, Tensor]:
+        changed = []
+        for index, own in zip(indices, generators, strict=True):
+            image = random_resized_crop(self.images[index], self.size, own, scale=self.zoom)
+            changed.append(random_flip(image, own))
+        batch = self.normalise(torch.stack(changed).to(self.device))
         return {scale: resized(batch, scale) for scale in scales}
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
-        batch = resized(self.normalise(self.images[list(indices)].to(self.device)), scale)
+        batch = resized(self.normalise(to_float(self.images[list(indices)].to(self.device))), scale)
         return batch.flip(3) if flip else batch
 
 
@@ -77,8 +86,10 @@ class ActivationInputs:
         self.labels = labels
         self.device = device
 
-    def training(self, indices: Sequence[int], draws: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
-        flips = (draws[:, 3] < 0.5).long().tolist()
+    def training(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
+    ) -> dict[float, Tensor]:
+        flips = [int(torch.rand((), generator=own) < 0.5) for own in generators]
         return {scale: self.activations.rows(indices, flips, scale).to(self.device) for scale in scales}
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
@@ -94,24 +105,3 @@ class ActivationInputs:
         mean, square = total / (array.size / array.shape[2])
         std = np.sqrt(np.maximum(square - mean**2, 1e-12))
         return torch.from_numpy(mean).float(), torch.from_numpy(std).float()
-
-
-def random_crop_and_flip(
-    images: Tensor,  # float [B,3,S,S]
-    crop_scale: float,
-    draws: Tensor,  # [B,4] in 0..1: size, top, left, mirrored
-) -> Tensor:
-    """Each image mirrored with probability 1/2 and cut to a random square of `crop_scale`..1 of its area, resized back.
-
-    Returns [B,3,S,S].
-    """
-    side = images.shape[-1]
-    sides = (torch.sqrt(crop_scale + (1 - crop_scale) * draws[:, 0]) * side).round().long().tolist()
-    out = torch.empty_like(images)
-    for index, cut in enumerate(sides):
-        top = int(draws[index, 1] * (side - cut + 1))
-        left = int(draws[index, 2] * (side - cut + 1))
-        piece = images[index : index + 1, :, top : top + cut, left : left + cut]
-        out[index] = resized(piece, side / cut)[0]
-    flip = (draws[:, 3] < 0.5).to(images.device)
-    return torch.where(flip[:, None, None, None], out.flip(3), out)

@@ -108,7 +108,7 @@ def run_stage(stage: Stage, *, resume: bool = False, on_step: OnStep | None = No
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             own = list(share(batch))
-            draws = torch.rand(len(batch), 4, generator=generator(stage.seed, stage.draws, "inputs", step))
+            draws = [generator(stage.seed, stage.draws, "change", step, i) for i in range(len(batch))]
             inputs = stage.inputs.training(own, share(draws), stage.objective.scales)
             labels = stage.inputs.labels[own].to(device)
             optimizer.zero_grad(set_to_none=True)

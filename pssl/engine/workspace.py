@@ -77,7 +77,7 @@ def build_inputs(
     labels = torch.from_numpy(folder.image_labels(ids)).float()
     device = next(net.parameters()).device
     if not net.frozen:
-        return ImageInputs(ids, images, labels, net.backbone.normalise, data.crop_scale, device)
+        return ImageInputs(ids, images, labels, net.backbone.normalise, data.zoom, device)
     net.eval()
     made_from = {"backbone": model.backbone, "weights": file_digest(weights_path(model))}
     with log.progress("backbone activations", len(ids)) as bar:

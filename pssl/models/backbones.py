@@ -1,7 +1,7 @@
 """Backbones: from images to activations on a coarse grid.
 
 A backbone is a module with `channels` (of its output), `stride` (of its grid) and `normalise(images)`, which takes
-uint8 RGB to the range its weights expect.
+RGB in 0..1 to the range its weights expect.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class SmallBackbone(nn.Module):
             previous = channels
         self.layers = nn.Sequential(*layers)
 
-    def normalise(self, images: Tensor) -> Tensor:  # uint8 [B,3,H,W]
-        """Colours to about zero mean and unit spread, float32."""
-        return (images.float() - 127.0) / 64.0
+    def normalise(self, images: Tensor) -> Tensor:  # [B,3,H,W] in 0..1
+        """Colours to about zero mean and unit spread."""
+        return (images - 0.5) * 4.0
 
     def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W]
         """Activations [B,channels,ceil(H/4),ceil(W/4)], not negative."""
@@ -128,9 +128,9 @@ class EfficientNetLite0(nn.Module):
             if stage in self.READ_STAGES:
                 self._read_after.append(len(self._blocks) - 1)
 
-    def normalise(self, images: Tensor) -> Tensor:  # uint8 [B,3,H,W]
-        """(x - 127) / 128, float32: what the weights were trained with."""
-        return (images.float() - 127.0) / 128.0
+    def normalise(self, images: Tensor) -> Tensor:  # [B,3,H,W] in 0..1
+        """(x - 127) / 128 with x in 0..255: what the weights were trained with."""
+        return (images * 255.0 - 127.0) / 128.0
 
     def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W]
         """Activations [B,432,ceil(H/16),ceil(W/16)]: stages 5 and 7, one after the other, of either sign."""
