@@ -1,0 +1,173 @@
+// Views of tensors for CPU loops: strides, element types, errors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "common/simd.h"
+
+namespace pssl::PSSL_SIMD_NAMESPACE {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Sums of float16, bfloat16 and float32 are kept in float32, those of float64 in float64.
+template <class S>
+using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <class T>
+constexpr ScalarType scalar_type_of = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
+// Calls f(S{}) with the C++ type of a floating tensor.
+template <class F>
+auto with_floating(const char* op, const char* argument, ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(Half{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default: STD_TORCH_CHECK(false, op, ": ", argument, " must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// Copies n elements, `stride` apart, of a floating or integer tensor into `out`.
+template <class T>
+void read_elements(const Tensor& t, int64_t offset, int64_t stride, int64_t n, T* out) {
+  auto copy = [&](auto zero) {
+    const auto* p = static_cast<const decltype(zero)*>(t.const_data_ptr()) + offset;
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i * stride]);
+    }
+  };
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return copy(float{});
+    case ScalarType::Double: return copy(double{});
+    case ScalarType::Half: return copy(Half{});
+    case ScalarType::BFloat16: return copy(BFloat16{});
+    case ScalarType::Byte: return copy(uint8_t{});
+    case ScalarType::Char: return copy(int8_t{});
+    case ScalarType::Short: return copy(int16_t{});
+    case ScalarType::Int: return copy(int32_t{});
+    case ScalarType::Long: return copy(int64_t{});
+    case ScalarType::Bool: return copy(bool{});
+    default: STD_TORCH_CHECK(false, "pssl: element type ", int(t.scalar_type()), " is not supported");
+  }
+}
+
+// A map [B,*,H,W] or [B,H,W] whose last two dimensions are read row by row, in any element type and with any strides.
+struct Rows {
+  const Tensor* tensor = nullptr;
+
+  template <class T>
+  void read(int64_t b, int64_t y, int64_t x, int64_t n, T* out) const {
+    const Tensor& t = *tensor;
+    read_elements(t, b * t.stride(0) + y * t.stride(1) + x * t.stride(2), t.stride(2), n, out);
+  }
+  template <class T>
+  void read(int64_t b, int64_t c, int64_t y, int64_t x, int64_t n, T* out) const {
+    const Tensor& t = *tensor;
+    read_elements(t, b * t.stride(0) + c * t.stride(1) + y * t.stride(2) + x * t.stride(3), t.stride(3), n, out);
+  }
+};
+
+// Whether the last two dimensions can be read as one row.
+inline bool is_flat_map(const Tensor& t) {
+  const int64_t n = t.dim();
+  return t.size(n - 2) == 1 || t.stride(n - 2) == t.size(n - 1) * t.stride(n - 1);
+}
+
+// [B,D,h,w] of type S with any strides.
+template <class S>
+struct FeatureView {
+  S* data;
+  int64_t B, D, h, w;
+  int64_t sb, sd, sy, sx;
+
+  static FeatureView of(const Tensor& t) {
+    // const_cast: one view type serves the features, read only, and their gradient, written
+    S* data = t.numel() ? const_cast<S*>(static_cast<const S*>(t.const_data_ptr())) : nullptr;
+    return {data,        t.size(0),   t.size(1),   t.size(2),  t.size(3),
+            t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  }
+  // The same elements as one row of h·w pixels, where is_flat_map: longer tiles.
+  FeatureView flat() const { return {data, B, D, 1, h * w, sb, sd, h * w * sx, sx}; }
+};
+
+// What a backward returns for a gradient that is not wanted, in the type of the argument (float32 where there is none).
+inline Tensor no_gradient(const std::optional<Tensor>& argument) {
+  return torch::stable::empty(std::vector<int64_t>{0}, argument ? argument->scalar_type() : ScalarType::Float);
+}
+
+// `gradient` in the type and the layout of `argument`.
+inline Tensor in_layout_of(const Tensor& argument, const Tensor& gradient) {
+  Tensor result = torch::stable::empty_like(argument);
+  return torch::stable::copy_(result, gradient);
+}
+
+inline Tensor new_tensor(std::vector<int64_t> sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
+
+// The element of a one-element floating tensor.
+inline double scalar_value(const Tensor& t) {
+  double value;
+  read_elements(t, 0, 1, 1, &value);
+  return value;
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Memory of one call: uninitialised or zeroed, aligned to a cache line.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n = 0, bool zeroed = false) { reset(n, zeroed); }
+  void reset(int64_t n, bool zeroed = false) {
+    storage_.reset(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t{64})));
+    if (zeroed) std::fill_n(storage_.get(), n, T(0));
+  }
+  T* get() const { return storage_.get(); }
+  T& operator[](int64_t i) const { return storage_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T, Free> storage_;
+};
+
+// Labels that are neither a region nor ignored are found while the kernels run in threads; the error is raised after.
+class LabelCheck {
+ public:
+  void found(int64_t label) { bad_.store(label, std::memory_order_relaxed), any_.store(true); }
+  void raise_if_found(const char* op, int64_t regions, int64_t ignore_index) const {
+    if (!any_.load()) return;
+    std::ostringstream text;  // std::invalid_argument arrives in Python as ValueError
+    text << op << ": regions must hold labels 0.." << regions - 1 << " or ignore_index=" << ignore_index << ", got ["
+         << bad_.load() << "]";
+    throw std::invalid_argument(text.str());
+  }
+
+ private:
+  std::atomic<bool> any_{false};
+  std::atomic<int64_t> bad_{0};
+};
+
+}  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -1,0 +1,241 @@
+// Tiles: a run of pixels of one feature row packed as [D][pixels], and the three products that both prototype
+// operators are made of. Packing comes first because a plane size that is a power of two makes the D strided reads of
+// one pixel collide in the cache.
+//
+//   dots:     z[p][c]  = sum_d f[d][p] q[d][c]           pixels against class vectors
+//   outer:    s[d][c] += sum_p f[d][p] g[p][c]           class sums, and the gradient of the class vectors
+//   combine:  o[d][p]  = sum_c q[d][c] g[c][p] + ...     the gradient of the features
+//
+// Class vectors are padded to `cp` columns, a multiple of the vector length, with zeros.
+#pragma once
+
+#include "common/tensors.h"
+#include "common/vec.h"
+
+namespace pssl::PSSL_SIMD_NAMESPACE {
+
+constexpr int kPixelBlock = 8;  // pixels that dots keeps in registers at once
+constexpr int kTilePixels = 128;
+
+// Pixels of a tile: 128, less where D is so large that the tile would leave the second-level cache.
+inline int64_t tile_pixels(int64_t D, int64_t element_bytes) {
+  int64_t fits = (int64_t(1) << 19) / std::max<int64_t>(1, D * element_bytes) / 16 * 16;
+  return std::clamp<int64_t>(fits, 16, kTilePixels);
+}
+
+// Distance between the rows of a packed tile; an odd number of cache lines, so that rows do not fall onto each other.
+template <class T>
+int64_t tile_stride(int64_t pixels) {
+  int64_t stride = round_up(pixels, 64 / int64_t(sizeof(T)));
+  return stride + (stride / (64 / int64_t(sizeof(T))) % 2 ? 0 : 64 / int64_t(sizeof(T)));
+}
+
+// Packs pixels [x, x + n) of row y into out[d][0..n), zero where the pixel is outside the map, and zero in the columns
+// up to `padded`.
+template <class T, class S>
+void pack_row(const FeatureView<S>& f, int64_t b, int64_t y, int64_t x, int64_t n, int64_t padded, T* out, int64_t ld) {
+  const int64_t begin = y >= 0 && y < f.h ? std::clamp<int64_t>(-x, 0, n) : n;
+  const int64_t end = y >= 0 && y < f.h ? std::clamp<int64_t>(f.w - x, begin, n) : n;
+  const S* row = begin < end ? f.data + b * f.sb + y * f.sy + (x + begin) * f.sx : nullptr;
+  if (f.sd == 1 && f.sx != 1 && begin < end) {  // channels last: read along D, sixteen pixels at a time
+    for (int64_t d = 0; d < f.D; ++d) {
+      std::fill(out + d * ld, out + d * ld + begin, T(0));
+      std::fill(out + d * ld + end, out + d * ld + padded, T(0));
+    }
+    for (int64_t p0 = begin; p0 < end; p0 += 16) {
+      const int64_t p1 = std::min(p0 + 16, end);
+      for (int64_t d0 = 0; d0 < f.D; d0 += 16)
+        for (int64_t p = p0; p < p1; ++p)
+          for (int64_t d = d0; d < std::min(d0 + 16, f.D); ++d)
+            out[d * ld + p] = static_cast<T>(row[(p - begin) * f.sx + d]);
+    }
+    return;
+  }
+  for (int64_t d = 0; d < f.D; ++d) {
+    T* o = out + d * ld;
+    std::fill(o, o + begin, T(0));
+    if (begin < end) {
+      const S* in = row + d * f.sd;
+      if (f.sx == 1) {
+        for (int64_t p = begin; p < end; ++p) o[p] = static_cast<T>(in[p - begin]);
+      } else {
+        for (int64_t p = begin; p < end; ++p) o[p] = static_cast<T>(in[(p - begin) * f.sx]);
+      }
+    }
+    std::fill(o + end, o + padded, T(0));
+  }
+}
+
+// Writes in[d][0..n) to pixels [x, x + n) of row y.
+template <class T, class S>
+void unpack_row(const T* in, int64_t ld, const FeatureView<S>& f, int64_t b, int64_t y, int64_t x, int64_t n) {
+  S* row = f.data + b * f.sb + y * f.sy + x * f.sx;
+  if (f.sd == 1 && f.sx != 1) {
+    for (int64_t p0 = 0; p0 < n; p0 += 16)
+      for (int64_t d0 = 0; d0 < f.D; d0 += 16)
+        for (int64_t p = p0; p < std::min(p0 + 16, n); ++p)
+          for (int64_t d = d0; d < std::min(d0 + 16, f.D); ++d) row[p * f.sx + d] = static_cast<S>(in[d * ld + p]);
+    return;
+  }
+  for (int64_t d = 0; d < f.D; ++d) {
+    S* o = row + d * f.sd;
+    if (f.sx == 1) {
+      for (int64_t p = 0; p < n; ++p) o[p] = static_cast<S>(in[d * ld + p]);
+    } else {
+      for (int64_t p = 0; p < n; ++p) o[p * f.sx] = static_cast<S>(in[d * ld + p]);
+    }
+  }
+}
+
+// Calls body(integral_constant V, first column) for blocks of V vectors that cover `cp` columns.
+template <class T, class F>
+void for_class_blocks(int64_t cp, const F& body) {
+  int64_t vectors = cp / kLanes<T>, v = 0;
+  while (v < vectors) {
+    const int64_t left = vectors - v, c = v * kLanes<T>;
+    if (left >= 3 && left != 4) {
+      body(std::integral_constant<int, 3>{}, c), v += 3;
+    } else if (left >= 2) {
+      body(std::integral_constant<int, 2>{}, c), v += 2;
+    } else {
+      body(std::integral_constant<int, 1>{}, c), v += 1;
+    }
+  }
+}
+
+// z[p][0..cp) = sum_d f[d][p] q[d][0..cp) for p < pixels (a multiple of kPixelBlock).
+template <class T>
+void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t cp, T* z) {
+  for_class_blocks<T>(cp, [&](auto block, int64_t c) {
+    constexpr int V = decltype(block)::value;
+    constexpr int P = kVecRegisters >= 32 ? kPixelBlock : kPixelBlock / 2;  // P·V accumulators and V operands
+    for (int64_t p = 0; p < pixels; p += P) {
+      Vec<T> sum[P][V] = {};
+      for (int64_t d = 0; d < D; ++d) {
+        Vec<T> k[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) k[v] = load<T>(q + d * cp + c + v * kLanes<T>);
+#pragma GCC unroll 8
+        for (int i = 0; i < P; ++i)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[i][v] += f[d * ld + p + i] * k[v];
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < P; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store<T>(z + (p + i) * cp + c + v * kLanes<T>, sum[i][v]);
+    }
+  });
+}
+
+// s[d][0..cp) += sum_p f[d][p] g[p][0..cp) over the `count` pixels listed in `active`. Pixels that count for nothing
+// are left out, not multiplied by 0: their features may be NaN.
+template <class T>
+void tile_outer(const T* f, int64_t ld, const int32_t* active, int64_t count, int64_t D, const T* g, int64_t cp, T* s) {
+  for_class_blocks<T>(cp, [&](auto block, int64_t c) {
+    constexpr int V = decltype(block)::value;
+    auto rows = [&](auto count, int64_t d) {
+      constexpr int N = decltype(count)::value;
+      Vec<T> sum[N][V];
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[i][v] = load<T>(s + (d + i) * cp + c + v * kLanes<T>);
+      for (int64_t a = 0; a < count; ++a) {
+        const int64_t p = active[a];
+        Vec<T> k[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) k[v] = load<T>(g + p * cp + c + v * kLanes<T>);
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[i][v] += f[(d + i) * ld + p] * k[v];
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) store<T>(s + (d + i) * cp + c + v * kLanes<T>, sum[i][v]);
+    };
+    constexpr int N = kVecRegisters >= 32 ? 8 : 4;
+    int64_t d = 0;
+    for (; d + N <= D; d += N) rows(std::integral_constant<int, N>{}, d);
+    for (; d < D; ++d) rows(std::integral_constant<int, 1>{}, d);
+  });
+}
+
+// One term of the features' gradient: coefficient[p] times a neighbouring cell's feature, neighbour[d * ld + p].
+template <class T>
+struct Neighbour {
+  const T* feature;
+  const T* coefficient;
+};
+
+// o[d][p] = sum_{c<C} q[d][c] gt[c][p] + sum_k neighbours[k].coefficient[p] neighbours[k].feature[d][p],
+// p < pixels (a multiple of the vector length). gt is [C][ldg], o and the features share `ld`.
+template <class T>
+void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, const T* gt, int64_t ldg,
+                  const std::vector<Neighbour<T>>& neighbours, T* o, int64_t ld, int64_t pixels) {
+  constexpr int N = 4;  // rows of D at once
+  auto block = [&](auto rows, auto vectors, int64_t d, int64_t p) {
+    constexpr int R = decltype(rows)::value;
+    constexpr int V = decltype(vectors)::value;
+    Vec<T> sum[R][V] = {};
+    for (int64_t c = 0; c < C; ++c) {
+      Vec<T> g[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) g[v] = load<T>(gt + c * ldg + p + v * kLanes<T>);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[i][v] += q[(d + i) * cp + c] * g[v];
+    }
+    for (const Neighbour<T>& k : neighbours) {
+      Vec<T> g[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) g[v] = load<T>(k.coefficient + p + v * kLanes<T>);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          Vec<T> f = load<T>(k.feature + (d + i) * ld + p + v * kLanes<T>);
+          // 0 · NaN: a cell that no counted pixel touches must not pass its NaN on
+          sum[i][v] += g[v] != T(0) ? g[v] * f : Vec<T>{};
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store<T>(o + (d + i) * ld + p + v * kLanes<T>, sum[i][v]);
+  };
+  constexpr int kWide = kVecRegisters >= 32 ? 4 : 2;
+  auto columns = [&](auto rows, int64_t d) {
+    int64_t p = 0;
+    for (; p + kWide * kLanes<T> <= pixels; p += kWide * kLanes<T>) block(rows, std::integral_constant<int, kWide>{}, d, p);
+    for (; p < pixels; p += kLanes<T>) block(rows, std::integral_constant<int, 1>{}, d, p);
+  };
+  int64_t d = 0;
+  for (; d + N <= D; d += N) columns(std::integral_constant<int, N>{}, d);
+  for (; d < D; ++d) columns(std::integral_constant<int, 1>{}, d);
+}
+
+// gt[c][p] = g[p][c]
+template <class T>
+void transpose_tile(const T* g, int64_t cp, int64_t C, int64_t pixels, T* gt, int64_t ldg) {
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t c = 0; c < C; ++c) gt[c * ldg + p] = g[p * cp + c];
+}
+
+// squares[p] = sum_d f[d][p]^2 for p < pixels.
+template <class T>
+void tile_squares(const T* f, int64_t ld, int64_t pixels, int64_t D, T* squares) {
+  for (int64_t p = 0; p < pixels; p += kLanes<T>) {
+    Vec<T> sum = {};
+    for (int64_t d = 0; d < D; ++d) {
+      Vec<T> v = load<T>(f + d * ld + p);
+      sum += v * v;
+    }
+    store<T>(squares + p, sum);
+  }
+}
+
+}  // namespace pssl::PSSL_SIMD_NAMESPACE

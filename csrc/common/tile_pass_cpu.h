@@ -1,0 +1,118 @@
+// Passes over all tiles of a feature map, with class sums whose order of additions depends on the sizes alone.
+#pragma once
+
+#include "common/label_grid_cpu.h"
+
+namespace pssl::PSSL_SIMD_NAMESPACE {
+
+template <class T>
+struct Tile {
+  int64_t b, y, x, n;  // pixels [x, x + n) of row y of image b
+  int64_t index;       // among the tiles of the batch, see tile_count
+  const T* f;          // packed features [D][ld], zero in the columns behind n
+  int64_t ld;
+  T* g;                // [n][cp], the coefficients of the class sums, for the body to fill in
+  int32_t* active;     // the pixels that have any,
+  int64_t count;       // and how many they are
+};
+
+// The tiles of one image.
+template <class T, class S>
+int64_t tile_count(const FeatureView<S>& f) {
+  const int64_t tile = tile_pixels(f.D, sizeof(T));
+  return (f.w + tile - 1) / tile * f.h;
+}
+
+// Calls the functions that `make_body()` returns, one a thread and chunk, on every tile. With `sums`, returns
+// [B][D][cp]: for each image sum over its active pixels of f[d][p] g[p][c].
+template <class T, class S, class MakeBody>
+Buffer<T> tile_pass(const FeatureView<S>& f, int64_t cp, bool sums, const MakeBody& make_body) {
+  const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile);
+  const int64_t per_row = (f.w + tile - 1) / tile, tiles = tile_count<T>(f), size = sums ? f.D * cp : 0;
+  // About 64 chunks in all, so that they share out well; fewer where their sums would take more than 64 MiB.
+  const int64_t fits = (int64_t(64) << 20) / std::max<int64_t>(1, f.B * size * int64_t(sizeof(T)));
+  const int64_t wanted = (63 + f.B) / std::max<int64_t>(1, f.B);
+  const int64_t chunks = std::max<int64_t>(1, std::min({tiles, wanted, fits}));
+  Buffer<T> partial(f.B * chunks * size, true);
+  torch::stable::parallel_for(0, f.B * chunks, 1, [&](int64_t begin, int64_t end) {
+    Buffer<T> packed(f.D * ld), g(tile * cp);
+    Buffer<int32_t> active(tile);
+    for (int64_t task = begin; task < end; ++task) {
+      auto body = make_body();
+      const int64_t b = task / chunks, chunk = task % chunks;
+      for (int64_t i = tiles * chunk / chunks; i < tiles * (chunk + 1) / chunks; ++i) {
+        const int64_t y = i / per_row, x = i % per_row * tile, n = std::min(tile, f.w - x);
+        pack_row(f, b, y, x, n, ld, packed.get(), ld);
+        Tile<T> t{b, y, x, n, b * tiles + i, packed.get(), ld, g.get(), active.get(), 0};
+        body(t);
+        if (sums) tile_outer(t.f, ld, t.active, t.count, f.D, t.g, cp, &partial[task * size]);
+      }
+    }
+  });
+  Buffer<T> total(f.B * size, true);
+  torch::stable::parallel_for(0, f.B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        for (int64_t i = 0; i < size; ++i) total[b * size + i] += partial[(b * chunks + chunk) * size + i];
+  });
+  return total;
+}
+
+// [B][D][cp]: the sums over the cells of f times the products' gradients.
+template <class T, class S>
+Buffer<T> adjoint_class_sums(const FeatureView<S>& f, const CellAdjoint<T>& adjoint, int64_t C) {
+  return tile_pass<T>(f, adjoint.cp, true, [&] {
+    return [&](Tile<T>& t) {
+      for (int64_t p = 0; p < t.n; ++p) {
+        bool any = false;
+        for (int64_t c = 0; c < adjoint.cp; ++c) {
+          const T v = c < C ? adjoint.dot(t.b, t.y, t.x + p, c) : T(0);
+          t.g[p * adjoint.cp + c] = v;
+          any |= v != T(0);
+        }
+        if (any) t.active[t.count++] = int32_t(p);
+      }
+    };
+  });
+}
+
+// The gradient of the features from the gradients of the products: every cell's class vectors, and, with `gram`, the
+// eight neighbours and the cell itself.
+template <class T, class S, class Vectors>
+void adjoint_feature_gradient(const FeatureView<S>& f, const FeatureView<S>& out, const CellAdjoint<T>& adjoint, int64_t C,
+                              const Vectors& vectors, bool gram) {
+  const int64_t tile = tile_pixels(f.D, sizeof(T)), lanes = kLanes<T>;
+  const int64_t ldg = round_up(tile, lanes), ld = tile_stride<T>(ldg + 2 + lanes);
+  const int64_t cp = adjoint.cp;
+  torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
+    Buffer<T> rows(gram ? 3 * f.D * ld : 0), result(f.D * ld), gt(C * ldg), coefficients(9 * ldg);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / f.h, y = task % f.h;
+      for (int64_t x = 0; x < f.w; x += tile) {
+        const int64_t n = std::min(tile, f.w - x), padded = round_up(n, lanes);
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t p = 0; p < padded; ++p) gt[c * ldg + p] = p < n ? adjoint.dot(b, y, x + p, c) : T(0);
+        std::vector<Neighbour<T>> neighbours;
+        if (gram) {
+          std::fill_n(coefficients.get(), 9 * ldg, T(0));
+          for (int64_t p = 0; p < n; ++p) {
+            const int64_t i = x + p;
+            const T values[9] = {adjoint.diagonal(b, y - 1, i - 1), adjoint.lower_product(b, y - 1, i), adjoint.diagonal(b, y - 1, i),
+                                 adjoint.right(b, y, i - 1),        adjoint.self(b, y, i),              adjoint.right(b, y, i),
+                                 adjoint.diagonal(b, y, i - 1),     adjoint.lower_product(b, y, i),     adjoint.diagonal(b, y, i)};
+            for (int k = 0; k < 9; ++k) coefficients[k * ldg + p] = values[k];
+          }
+          for (int64_t dy = 0; dy < 3; ++dy) {
+            T* row = &rows[dy * f.D * ld];
+            pack_row(f, b, y + dy - 1, x - 1, n + 2, ld, row, ld);
+            for (int64_t dx = 0; dx < 3; ++dx) neighbours.push_back({row + dx, &coefficients[(dy * 3 + dx) * ldg]});
+          }
+        }
+        tile_combine(vectors(b), cp, C, f.D, gt.get(), ldg, neighbours, result.get(), ld, padded);
+        unpack_row(result.get(), ld, out, b, y, x, n);
+      }
+    }
+  });
+}
+
+}  // namespace pssl::PSSL_SIMD_NAMESPACE
