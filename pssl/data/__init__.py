@@ -1,19 +1,23 @@
 """Data: VOC-layout folders, image-level labels, the embedded synthetic set, training transforms."""
 
+from typing import TYPE_CHECKING, Any
+
 from .cache import cache_dir
 from .image_labels import from_annotations, from_image_sets, resolve_image_labels
 from .palette import colour_labels, voc_palette, write_label_png
 from .synthetic import SyntheticConfig, ensure_synthetic, write_synthetic
-from .transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    multi_scale,
-    normalise,
-    random_flip,
-    random_resized_crop,
-    to_float,
-)
 from .voc import BODY, IGNORE, PART, VOCFolder
+
+if TYPE_CHECKING:
+    from .transforms import (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        multi_scale,
+        normalise,
+        random_flip,
+        random_resized_crop,
+        to_float,
+    )
 
 __all__ = [
     "BODY",
@@ -38,3 +42,12 @@ __all__ = [
     "write_label_png",
     "write_synthetic",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only the transforms need torch, which takes seconds to import; reading and writing folders does not.
+    if name in __all__:
+        from . import transforms
+
+        return getattr(transforms, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

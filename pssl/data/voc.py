@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .image_labels import LabelSource, annotation_objects, class_files, read_list, resolve_image_labels
 
@@ -169,17 +169,21 @@ def _open(path: Path) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return Image.open(path)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(
-            f"{path}: expected an image, got {path.stat().st_size} bytes that are none ({error})"
-        ) from None
+    except OSError as error:
+        raise _damaged(path, error) from None
 
 
 def _load(path: Path, picture: Image.Image, mode: str) -> np.ndarray:
     try:
         return np.array(picture.convert(mode))  # a copy: callers may write into it
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: how Pillow reports broken PNG chunks
-        raise ValueError(f"{path}: damaged image file ({error})") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: expected a whole image file, got {path.stat().st_size} bytes that are none ({error})"
+    )
 
 
 def _read_indices(path: Path) -> np.ndarray:

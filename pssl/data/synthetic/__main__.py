@@ -14,7 +14,7 @@ from .folder import SyntheticConfig, write_synthetic
 
 def write(
     out: tyro.conf.Positional[Path],
-    config: tyro.conf.OmitArgPrefixes[SyntheticConfig] = SyntheticConfig(),
+    config: tyro.conf.OmitArgPrefixes[SyntheticConfig],
 ) -> int:
     """Write the synthetic data set as a VOC 2012 folder.
 

@@ -107,7 +107,7 @@ def draw_image(rng: np.random.Generator, size: int, uniform: bool) -> SyntheticI
         wanted.append(first if rng.random() < 0.2 else names[int(rng.integers(len(names)))])
     at_home = rng.random() < SCENERY_CHANCE
     scenery = CLASSES[first].scenery if at_home else list(SCENERIES)[int(rng.integers(len(SCENERIES)))]
-    canvas = _Canvas(draw_scenery(rng, scenery, size * OVERSAMPLE))
+    canvas = _Canvas(draw_scenery(rng, scenery, size, OVERSAMPLE))
     for name in wanted:
         for attempt in range(40):
             pose = _pose(rng, canvas.size, crowd=len(wanted), shrink=0.98**attempt)

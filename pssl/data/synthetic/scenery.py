@@ -48,7 +48,7 @@ def _columns(size: int) -> Array:
 
 
 def _meadow(rng: np.random.Generator, n: int) -> Array:
-    blades = noise(rng, n, (n // 14, n // 4), 1)
+    blades = noise(rng, n, (n // 7, n // 2), 1)
     return mix((0.29, 0.38, 0.19), (0.54, 0.58, 0.33), 0.5 + 0.45 * noise(rng, n, (3, 3)) + 0.4 * blades)
 
 
@@ -65,7 +65,7 @@ def _sand(rng: np.random.Generator, n: int) -> Array:
     return mix(
         (0.66, 0.58, 0.44),
         (0.84, 0.77, 0.62),
-        0.5 + 0.22 * ripples + 0.35 * noise(rng, n, (n // 5, n // 5), 1),
+        0.5 + 0.22 * ripples + 0.35 * noise(rng, n, (n // 2, n // 2), 1),
     )
 
 
@@ -77,7 +77,7 @@ def _stone(rng: np.random.Generator, n: int) -> Array:
     column = x.astype(int)
     shade = rng.uniform(0.2, 0.9, (courses + 1, courses + 3)).astype(np.float32)[row, column]
     mortar = (np.minimum(y - row, 1) < 0.10) | (x - column < 0.06)
-    wall = mix((0.42, 0.41, 0.41), (0.63, 0.61, 0.58), shade + 0.35 * noise(rng, n, (n // 6, n // 6), 1))
+    wall = mix((0.42, 0.41, 0.41), (0.63, 0.61, 0.58), shade + 0.35 * noise(rng, n, (n // 3, n // 3), 1))
     wall[:, mortar] = colour((0.33, 0.32, 0.31))[:, 0]
     return wall
 
@@ -88,7 +88,7 @@ def _wood(rng: np.random.Generator, n: int) -> Array:
     column = x.astype(int)
     tone = rng.uniform(0.25, 0.75, planks + 1).astype(np.float32)[column]
     grain = np.sin(2 * np.pi * (2.6 * x + 0.9 * noise(rng, n, (3, 2 * planks)))) * 0.16 + tone
-    floor = mix((0.33, 0.24, 0.16), (0.60, 0.47, 0.33), grain + 0.15 * noise(rng, n, (4, n // 4), 1))
+    floor = mix((0.33, 0.24, 0.16), (0.60, 0.47, 0.33), grain + 0.15 * noise(rng, n, (4, n // 2), 1))
     floor[:, x - column < 0.05] = colour((0.20, 0.14, 0.10))[:, 0]
     return floor
 
@@ -98,7 +98,7 @@ def _snow(rng: np.random.Generator, n: int) -> Array:
     return mix(
         (0.66, 0.71, 0.79),
         (0.95, 0.95, 0.95),
-        0.65 + 0.5 * drifts + 0.15 * noise(rng, n, (n // 4, n // 4), 1),
+        0.65 + 0.5 * drifts + 0.15 * noise(rng, n, (n // 2, n // 2), 1),
     )
 
 
@@ -114,19 +114,21 @@ SCENERIES = {
 }
 
 
-def draw_scenery(rng: np.random.Generator, name: str, size: int) -> Array:
-    """A background float32 [3,size,size], 0..1, with some clutter and, outdoors, sometimes a sky."""
+def draw_scenery(rng: np.random.Generator, name: str, size: int, oversample: int) -> Array:
+    """A background float32 [3,n,n], 0..1, n = size·oversample, with clutter and, outdoors, sometimes a sky.
+
+    Ground and sky are drawn at `size` and enlarged, clutter has the finer outline.
+    """
     ground, _, outdoors = SCENERIES[name]
     picture = ground(rng, size)
     if outdoors and rng.random() < 0.5:
         horizon = rng.uniform(0.12, 0.35) + 0.02 * noise(rng, size, (2, 4))[:1]
-        sky = mix(
-            (0.52, 0.66, 0.82), (0.80, 0.86, 0.90), _rows(size) / 0.35 + 0.35 * noise(rng, size, (4, 2))
-        )
-        picture = mix(sky, picture, (_rows(size) - horizon) * size / 2 + 0.5)
+        haze = _rows(size) / 0.35 + 0.35 * noise(rng, size, (4, 2))
+        sky = mix((0.52, 0.66, 0.82), (0.80, 0.86, 0.90), haze)
+        picture = mix(sky, picture, (_rows(size) - horizon) * size + 0.5)
+    picture = picture.repeat(oversample, 1).repeat(oversample, 2)
     for _ in range(int(rng.integers(1, 5))):
-        piece = Clutter(rng, name, size)
-        piece.paste(picture)
+        Clutter(rng, name, size * oversample).paste(picture)
     return picture
 
 
