@@ -14,8 +14,8 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "build_tools"))
 
-import native  # noqa: E402  (needs the path above)
-import pssl_backend  # noqa: E402
+import native
+import pssl_backend
 
 MODULE = "pssl_ext._C"
 RECORD = "_build.json"
@@ -36,7 +36,7 @@ class BuildNative(build_ext):
         self.record = native.build(output, self.distribution.get_version(), pssl_backend.find_torch())
 
     def run(self) -> None:
-        """The record goes where the extension goes: into the wheel, and into the source tree for an editable install."""
+        """The record goes where the extension goes: into the wheel, for an editable install into the source tree."""
         super().run()
         package = Path(*MODULE.split(".")[:-1])
         targets = [Path(self.build_lib) / package]
@@ -46,8 +46,10 @@ class BuildNative(build_ext):
                 for stale in package.glob("_C.*.so"):
                     stale.unlink()
         for target in targets:
+            # The log's path means something in the source tree only; a wheel may go to another machine.
+            record = {key: value for key, value in self.record.items() if key != "log" or target == package}
             target.mkdir(parents=True, exist_ok=True)
-            (target / RECORD).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+            (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 setup(

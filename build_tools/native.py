@@ -16,12 +16,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
+from cuda_toolkit import BuildError, Cuda, architecture_flags, find_cuda
 from pssl_backend import ROOT, Torch, torch_minimum
 
-DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 SIMD_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -30,96 +29,6 @@ SIMD_FLAGS = {
 # Values stay what the source says: contraction into fused multiply-add and "nobody reads errno or traps" are the only
 # liberties; -ffast-math would let NaN, infinities and the order of sums go.
 OPTIMISE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-
-
-class BuildError(SystemExit):
-    """Ends the build with the message alone: a traceback through setuptools tells the reader nothing."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(
-            f"\npssl: {problem}\n"
-            "pssl: to install without native code on purpose (references only, slow): PSSL_NATIVE=0 pip install ...\n"
-        )
-
-
-@dataclass(frozen=True)
-class Cuda:
-    """A CUDA compiler and what it is to compile for."""
-
-    nvcc: str
-    version: str
-    architectures: list[str]
-
-    @property
-    def library_dir(self) -> Path:
-        """Where libcudart_static.a lies; nvcc on PATH may be a wrapper script, hence the two tries."""
-        homes = [Path(self.nvcc).resolve().parent.parent, Path("/usr/local/cuda")]
-        dirs = [home / "lib64" for home in homes]
-        return next((d for d in dirs if (d / "libcudart_static.a").exists()), dirs[0])
-
-
-def find_nvcc() -> str | None:
-    """nvcc in CUDA_HOME, else in the usual place, else on PATH."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if home and os.access(f"{home}/bin/nvcc", os.X_OK):
-            return f"{home}/bin/nvcc"
-    return shutil.which("nvcc")
-
-
-def parse_architectures(text: str, supported: set[str]) -> list[str]:
-    """'8.0 9.0a;12.0+PTX' as a list; an entry that cannot be compiled for is an error, not left out in silence."""
-    entries = [entry for entry in re.split(r"[;,\s]+", text) if entry]
-    for entry in entries:
-        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
-        if not found:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: '{entry}' is no architecture; write for example '8.0;9.0+PTX'")
-        if found[1] + found[2] not in supported:
-            choices = ", ".join(f"{name[:-1]}.{name[-1]}" for name in sorted(supported, key=int))
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: this nvcc cannot compile for {entry}; it can for {choices}")
-    if not entries:
-        raise BuildError("TORCH_CUDA_ARCH_LIST is empty")
-    return entries
-
-
-def architecture_flags(architectures: list[str]) -> list[str]:
-    """nvcc's -gencode flags; +PTX adds code that later GPUs can translate for themselves."""
-    flags = []
-    for entry in architectures:
-        number = entry.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if entry.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def output_of(*command: str) -> str:
-    """What a compiler says about itself."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"{shlex.join(command)} failed: {error}") from None
-
-
-def find_cuda(torch: Torch) -> tuple[Cuda | None, str | None]:
-    """The CUDA compiler to use, or None and why CUDA is left out."""
-    if os.environ.get("PSSL_CUDA", "1") == "0":
-        return None, "PSSL_CUDA=0 was set when it was built"
-    forced = os.environ.get("FORCE_CUDA") == "1"
-    if torch.cuda is None and not forced:
-        return None, f"torch {torch.version} is a CPU build and FORCE_CUDA=1 was not set"
-    nvcc = find_nvcc()
-    if nvcc is None:
-        where = "no nvcc in CUDA_HOME, in /usr/local/cuda or on PATH"
-        if forced:
-            raise BuildError(f"FORCE_CUDA=1, but {where}: install the CUDA toolkit or set CUDA_HOME")
-        return None, f"{where}; install the CUDA toolkit (torch has CUDA {torch.cuda}) or set CUDA_HOME, and reinstall"
-    version = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
-    supported = set(re.findall(r"compute_(\d+)\b", output_of(nvcc, "--list-gpu-arch")))
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not asked:  # the default list goes as far as this nvcc does
-        known = [a for a in DEFAULT_ARCHITECTURES.split(";") if a.removesuffix("+PTX").replace(".", "") in supported]
-        asked = ";".join(known)
-    return Cuda(nvcc, version[1] if version else "unknown", parse_architectures(asked, supported)), None
 
 
 def find_cxx() -> list[str]:
@@ -188,12 +97,23 @@ def ninja_path(path: Path) -> str:
 def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> str:
     """The build plan as text."""
     cxx = find_cxx()
-    common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={torch_target()}", "-DTORCH_STABLE_ONLY", f"-I{ROOT / 'csrc'}"]
+    common = [
+        "-std=c++20",
+        f"-DTORCH_TARGET_VERSION={torch_target()}",
+        "-DTORCH_STABLE_ONLY",
+        f"-I{ROOT / 'csrc'}",
+    ]
     common += ["-isystem", str(torch.directory / "include")]
     # Error texts carry __FILE__: without the map they would carry this machine's folders, and differ between builds.
     host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
     strict = os.environ.get("PSSL_WERROR") == "1"
-    cxxflags = common + OPTIMISE + host + (["-Werror"] if strict else []) + shlex.split(os.environ.get("CXXFLAGS", ""))
+    cxxflags = (
+        common
+        + OPTIMISE
+        + host
+        + (["-Werror"] if strict else [])
+        + shlex.split(os.environ.get("CXXFLAGS", ""))
+    )
     lines = [
         "ninja_required_version = 1.5",
         f"rule cxx\n  command = {shell([*cxx, *cxxflags])} $flags -MMD -MF $out.d -c $in -o $out",
@@ -220,10 +140,23 @@ def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> 
 
     # libtorch.so has to stay among the needed libraries although nothing is used from it directly: it brings in
     # libtorch_cuda, which the CUDA sources' weak symbols bind to in a CUDA torch.
-    libraries = [f"-L{torch.directory / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
+    libraries = [
+        f"-L{torch.directory / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-Wl,--as-needed",
+        "-ltorch_cpu",
+    ]
     libraries += ["-lc10"]
     if cuda:
-        nvcc = [cuda.nvcc, *common, "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", *architecture_flags(cuda.architectures)]
+        nvcc = [
+            cuda.nvcc,
+            *common,
+            "-O3",
+            "-DUSE_CUDA",
+            "--expt-relaxed-constexpr",
+            *architecture_flags(cuda.architectures),
+        ]
         nvcc += ["-Xcompiler=" + ",".join(host), "--threads", os.environ.get("NVCC_THREADS", "2")]
         nvcc += ["-ccbin", cxx[-1]] if "CXX" in os.environ else []
         nvcc += ["-Werror", "all-warnings"] if strict else []
@@ -232,7 +165,11 @@ def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> 
         for source in sorted((ROOT / "csrc").glob("*_cuda.cu")):
             compile_to(f"cuda/{source.stem}.o", "nvcc", source, [])
         libraries += [f"-L{cuda.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    link = shell([*cxx, "-shared"]) + " $in -o $out " + shell(libraries + shlex.split(os.environ.get("LDFLAGS", "")))
+    link = (
+        shell([*cxx, "-shared"])
+        + " $in -o $out "
+        + shell(libraries + shlex.split(os.environ.get("LDFLAGS", "")))
+    )
     lines += [f"rule link\n  command = {link}\n  description = link $out"]
     lines += [f"build {ninja_path(output)}: link {' '.join(built)}", f"default {ninja_path(output)}"]
     return "\n".join(lines) + "\n"
@@ -258,7 +195,7 @@ def run_ninja(folder: Path) -> Path:
         commands = re.compile(r"^(\[\d+/\d+\] |FAILED: ).*|^.{2000,}$")
         last = [line for line in text.splitlines() if not commands.match(line)][-30:]
         raise BuildError(
-            f"compiling the native code failed{' at ' + ', '.join(failed) if failed else ''}. Last lines of the log:\n\n"
+            f"compiling failed{' at ' + ', '.join(failed) if failed else ''}. Last lines of the log:\n\n"
             + "\n".join(last)
             + f"\n\npssl: the whole log: {log}"
         )
@@ -268,10 +205,14 @@ def run_ninja(folder: Path) -> Path:
 def build(output: Path, version: str, torch: Torch | None) -> dict:
     """Builds the extension module at `output`; returns the record that `python -m pssl_ext.env` shows."""
     if torch is None:
-        raise BuildError("torch not found: pip install torch first, or build with isolation (plain pip install)")
+        raise BuildError(
+            "torch not found: pip install torch first, or build with isolation (plain pip install)"
+        )
     cuda, cuda_reason = find_cuda(torch)
     base = Path(os.environ.get("PSSL_BUILD_DIR") or ROOT / "build").resolve()
-    folder = base / f"pssl-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
+    folder = (
+        base / f"pssl-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_if_changed(folder / "pssl_build_config.h", build_config(version, torch, cuda))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def require(ok: bool, op: str, argument: str, expected: str, got: Any) -> None:
-    """Raises ValueError ``<op>: <argument> must be <expected>, got <got>`` unless ``ok``."""
+def require(ok: bool, op: str, argument: str, expected: str | Callable[[], str], got: Any) -> None:
+    """Raises ValueError ``<op>: <argument> must be <expected>, got <got>`` unless ``ok``.
+
+    An ``expected`` that holds sizes is a function: formatting a size while ``torch.compile`` traces would make it a
+    constant of the graph, which is then compiled anew for every batch size.
+    """
     if not ok:
+        expected = expected if isinstance(expected, str) else expected()
         raise ValueError(f"{op}: {argument} must be {expected}, got {_describe(got)}")
 
 

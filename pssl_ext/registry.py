@@ -11,6 +11,7 @@ Native kernels (C++, CUDA) register themselves for the same two names when ``pss
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pssl_ext import backends
 
@@ -142,32 +144,52 @@ def _composite_forward(spec: OpSpec) -> Callable:
 
 
 def _composite_backward(spec: OpSpec) -> Callable:
-    """The gradient of the reference by autograd; ``torch.func.vjp`` because autograd's own keys are off in a kernel."""
+    """The gradient of the reference by autograd."""
 
     def kernel(*all_args: Any) -> tuple:
         grads, args, needs = _split_backward_args(spec, all_args)
-        wanted = [i for i, n in zip(_differentiable_indices(spec), needs, strict=True) if n]
-        fixed = list(args)
-
-        def only_wanted(*values: Any) -> Any:
-            for i, value in zip(wanted, values, strict=True):
-                fixed[i] = value
-            return spec.reference(*fixed)
-
+        indices = _differentiable_indices(spec)
+        fixed = [tree_map_only(Tensor, Tensor.detach, a) for a in args]
+        wanted = [i for i, needed in zip(indices, needs, strict=True) if needed]
+        leaves, structure = tree_flatten([fixed[i] for i in wanted])
         found: dict[int, Any] = {}
-        if wanted:
-            outputs, vjp = torch.func.vjp(_without_autocast(only_wanted), *(args[i] for i in wanted))
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            cotangents = tuple(
-                torch.zeros_like(o) if g is None else g.to(o.dtype)
-                for g, o in zip(grads, outputs, strict=True)
-            )
-            found = dict(
-                zip(wanted, vjp(cotangents if spec.output_count > 1 else cotangents[0]), strict=True)
-            )
-        return tuple(_like(args[i], found.get(i)) for i in _differentiable_indices(spec))
+        if leaves:
+            with _autograd_in_kernel():
+                for leaf in leaves:
+                    leaf.requires_grad_()
+                outputs = _without_autocast(spec.reference)(*fixed)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                pairs = [
+                    (o, g.to(o.dtype))
+                    for o, g in zip(outputs, grads, strict=True)
+                    if g is not None and o.requires_grad
+                ]
+                if pairs:
+                    sources, seeds = zip(*pairs, strict=True)
+                    made = torch.autograd.grad(
+                        sources, leaves, seeds, allow_unused=True, materialize_grads=True
+                    )
+                else:
+                    made = [torch.zeros_like(leaf) for leaf in leaves]
+            found = dict(zip(wanted, tree_unflatten(list(made), structure), strict=True))
+        return tuple(_like(args[i], found.get(i)) for i in indices)
 
     return kernel
+
+
+@contextlib.contextmanager
+def _autograd_in_kernel() -> Iterator[None]:
+    """Inside a kernel the dispatcher leaves autograd out; this lets it in again.
+
+    ``torch.func.vjp`` would do without it, but its tensors have no storage, which every dispatch mode trips over
+    (FlopCounterMode, opcheck's schema test).
+    """
+    c = torch._C
+    excluded = c._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(c.DispatchKey, key))
+    with torch.enable_grad(), c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded):
+        yield
 
 
 def _like(argument: Any, gradient: Any) -> Any:

@@ -10,7 +10,7 @@
 //
 // Two rules follow for such a file. Its own functions live in an unnamed namespace, or the copies clash. And an inline
 // function or template from a shared header exists once in the library whatever the level (the linker keeps the
-// baseline copy, see setup.py): one that should be vectorised goes into `namespace PSSL_SIMD_NAMESPACE`.
+// baseline copy, see build_tools/native.py): one that should be vectorised goes into `namespace PSSL_SIMD_NAMESPACE`.
 #pragma once
 
 namespace pssl {

@@ -18,7 +18,7 @@ def resize(maps: Tensor, size: tuple[int, int], align_corners: bool = False) -> 
     """Bilinear resizing of ``maps`` [B,*,h,w] to [B,*,H,W], exactly ``F.interpolate`` (nothing to do at equal size)."""
     if maps.shape[-2:] == tuple(size):
         return maps
-    if maps.numel() == 0 or 0 in size:  # F.interpolate refuses empty tensors
+    if 0 in maps.shape[1:] or 0 in size:  # F.interpolate refuses these; an empty batch it takes
         return maps.new_zeros(*maps.shape[:-2], *size)
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
 

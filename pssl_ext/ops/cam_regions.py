@@ -110,7 +110,7 @@ def cam_regions(
         ValueError, TypeError: for shapes, types, more than 254 classes, background > foreground.
     """
     k = _check_cams(OP, "cams", cams, image_labels)
-    checks.require(k <= 254, OP, "cams", "of at most 254 classes (the mask is uint8)", f"{k} classes")
+    checks.require(k <= 254, OP, "cams", "of at most 254 classes (the mask is uint8)", k)
     background = foreground if background is None else background
     checks.require(background <= foreground, OP, "background", f"at most foreground={foreground}", background)
     checks.require(
@@ -130,6 +130,6 @@ def _check_cams(op: str, argument: str, cams: Sequence[Tensor], image_labels: Te
     for i, cam in enumerate(cams):
         checks.require_floating(op, f"{argument}[{i}]", cam)
         ok = cam.ndim == 4 and tuple(cam.shape[:2]) == (b, k)
-        checks.require(ok, op, f"{argument}[{i}]", f"[B,K,h,w]=[{b},{k},*,*]", cam)
+        checks.require(ok, op, f"{argument}[{i}]", lambda: f"[B,K,h,w]=[{b},{k},*,*]", cam)
         checks.require_device(op, f"{argument}[{i}]", cam, image_labels.device)
     return k

@@ -182,7 +182,11 @@ def cam_sweep(
         checks.require(cam.ndim == 3, OP, f"cams[{i}]", "[k,h,w]", cam)
         checks.require_integer(OP, f"class_ids[{i}]", ids)
         checks.require(
-            tuple(ids.shape) == (cam.shape[0],), OP, f"class_ids[{i}]", f"[k]=[{cam.shape[0]}]", ids
+            tuple(ids.shape) == (cam.shape[0],),
+            OP,
+            f"class_ids[{i}]",
+            lambda k=cam.shape[0]: f"[k]=[{k}]",
+            ids,
         )
         checks.require_integer(OP, f"ground_truth[{i}]", truth)
         checks.require(truth.ndim == 2, OP, f"ground_truth[{i}]", "[H,W]", truth)

@@ -197,10 +197,12 @@ def prototype_contrast(
     checks.require_floating(OP, "prototypes", prototypes)
     shaped = prototypes.ndim in (2, 3) and prototypes.shape[-1] == d and prototypes.shape[-2] >= 1
     shaped = shaped and (prototypes.ndim == 2 or prototypes.shape[0] == b)
-    checks.require(shaped, OP, "prototypes", f"[C,D]=[*,{d}] or [B,C,D]=[{b},*,{d}]", prototypes)
+    checks.require(shaped, OP, "prototypes", lambda: f"[C,D]=[*,{d}] or [B,C,D]=[{b},*,{d}]", prototypes)
     c = prototypes.shape[-2]
     checks.require_integer(OP, "regions", regions)
-    checks.require(regions.ndim == 3 and regions.shape[0] == b, OP, "regions", f"[B,H,W]=[{b},*,*]", regions)
+    checks.require(
+        regions.ndim == 3 and regions.shape[0] == b, OP, "regions", lambda: f"[B,H,W]=[{b},*,*]", regions
+    )
     filled = (h > 0 and w > 0) or 0 in regions.shape
     checks.require(filled, OP, "features", "of at least 1×1 cells where there are label pixels", features)
     if isinstance(temperature, Tensor):
@@ -217,12 +219,12 @@ def prototype_contrast(
         checks.require_tensor(OP, "valid", valid)
         checks.require(valid.dtype == torch.bool, OP, "valid", "bool", valid)
         checks.require(
-            tuple(valid.shape) in ((c,), (b, c)), OP, "valid", f"[C]=[{c}] or [B,C]=[{b},{c}]", valid
+            tuple(valid.shape) in ((c,), (b, c)), OP, "valid", lambda: f"[C]=[{c}] or [B,C]=[{b},{c}]", valid
         )
     if weights is not None:
         checks.require_floating(OP, "weights", weights)
         same = weights.shape == regions.shape
-        checks.require(same, OP, "weights", f"[B,H,W]={list(regions.shape)}", weights)
+        checks.require(same, OP, "weights", lambda: f"[B,H,W]={list(regions.shape)}", weights)
     others = dict(
         prototypes=prototypes, regions=regions, temperature=temperature, valid=valid, weights=weights
     )

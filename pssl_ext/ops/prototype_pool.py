@@ -208,11 +208,13 @@ def prototype_pool(
     if regions.is_floating_point():
         checks.require_floating(OP, "regions", regions)
         soft = regions.ndim == 4 and regions.shape[0] == b and regions.shape[1] == num_regions
-        checks.require(soft, OP, "regions", f"[B,C,H,W]=[{b},{num_regions},*,*] (soft masks)", regions)
+        checks.require(
+            soft, OP, "regions", lambda: f"[B,C,H,W]=[{b},{num_regions},*,*] (soft masks)", regions
+        )
     else:
         checks.require_integer(OP, "regions", regions)
         hard = regions.ndim == 3 and regions.shape[0] == b
-        checks.require(hard, OP, "regions", f"[B,H,W]=[{b},*,*]", regions)
+        checks.require(hard, OP, "regions", lambda: f"[B,H,W]=[{b},*,*]", regions)
     checks.require(num_regions >= 1, OP, "num_regions", "at least 1", num_regions)
     checks.require_device(OP, "regions", regions, features.device)
     h, w = features.shape[-2:]
@@ -221,7 +223,9 @@ def prototype_pool(
     if weights is not None:
         checks.require_floating(OP, "weights", weights)
         expected = (b, *regions.shape[-2:])
-        checks.require(tuple(weights.shape) == expected, OP, "weights", f"[B,H,W]={list(expected)}", weights)
+        checks.require(
+            tuple(weights.shape) == expected, OP, "weights", lambda: f"[B,H,W]={list(expected)}", weights
+        )
         checks.require_device(OP, "weights", weights, features.device)
     return call(
         OP, backend, features, regions, num_regions, weights, normalize, ignore_index, align_corners, EPS

@@ -1,0 +1,63 @@
+# `make train` and `make test` do everything from a fresh clone: environment, installation, run.
+#
+#   make train ARGS="--seed 1"         more arguments for python -m pssl.train
+#   make test ARGS="-k contrast"       more arguments for pytest
+#   make train PYTHON=python3.12       another interpreter for the environment
+#   make train TORCH="torch==2.13.0"   another torch than the one below; or install one into $(VENV) first
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+# The range this release was tested with; installed first, so that it is unpacked once and built against.
+TORCH ?= $(shell sed -n 's/^torch-when-absent = "\(.*\)"/\1/p' pyproject.toml)
+
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/* csrc/*/*)
+CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: train test env install lint format clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.installed
+	$(BIN)/python -m pssl.train $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+env: $(VENV)/.installed
+	$(BIN)/python -m pssl_ext.env $(ARGS)
+
+install: $(VENV)/.installed-dev
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+	$(BIN)/codespell $(shell git ls-files -- '*.py' '*.md' '*.toml' '*.h' '*.cpp' '*.cu' Makefile .ci/run)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) pssl_ext/_build.json
+	find pssl_ext -name '_C.*.so' -delete
+
+# An environment that already holds a torch keeps it.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	touch $@
+
+# Stamps: a second call installs again only if what is installed has changed. Python sources need no new
+# installation, since it is an editable one; native code does, and compiles only what changed.
+$(VENV)/.installed: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(SOURCES) | $(VENV)/.torch
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $(VENV)/.installed $@

@@ -1,0 +1,54 @@
+"""Makes the cases: a test that takes ``case`` runs for every operator of the registry, so a new one is tested at once.
+
+``@pytest.mark.cases(dtypes=…, layouts=…, differentiable=True, samples=n)`` narrows them. A backend that cannot run gives
+one skipped test for each operator and device, with the reason.
+"""
+
+from itertools import product
+
+import pytest
+import torch
+
+import pssl_ext  # noqa: F401  fills the registry
+from pssl_ext import backends
+from pssl_ext.registry import OPS
+from pssl_ext.testing import Case, devices, samples
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cases(**choices): which cases of the operators a test runs for")
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("cases")
+        metafunc.parametrize("case", list(_cases(**(marker.kwargs if marker else {}))))
+
+
+def _cases(
+    dtypes=(torch.float32,), layouts=("contiguous",), names=None, differentiable=False, count=None, each=None
+):
+    """``names``: these operators only; ``count``: their first samples only; ``each(case)``: those it accepts."""
+    for op, device in product(OPS, devices()):
+        if (names and op not in names) or (differentiable and not OPS[op].differentiable):
+            continue
+        for backend, reason in _backends(op, device):
+            if reason is not None:
+                skip = pytest.mark.skip(reason=f"{backend} on {device}: {reason}")
+                yield pytest.param(None, marks=skip, id=f"{op}-{backend}-{device}")
+                continue
+            ids = [s.id for s in samples(op, device, torch.float32, "contiguous")][:count]
+            for sample_id, dtype, layout in product(ids, dtypes, layouts):
+                case = Case(op, sample_id, backend, device, dtype, layout)
+                if each is None or each(case):
+                    yield pytest.param(case, id=str(case))
+
+
+def _backends(op, device):
+    """Each backend with the reason it cannot run. "auto" stands for the operator's composite kernel where there is no
+    compiled one, and is the same as "native" where there is."""
+    native = backends.why_not(op, "native", device)
+    yield "native", native
+    if native is not None:
+        yield "auto", None
+    yield "triton", backends.why_not(op, "triton", device)
