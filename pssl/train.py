@@ -18,6 +18,7 @@ from pssl.cli import parse, to_yaml
 from pssl.config import TrainConfig
 from pssl.data.voc import VOCFolder
 from pssl.engine import distributed
+from pssl.engine.cam_files import even_selection
 from pssl.engine.checkpoint import write_text
 from pssl.engine.inference import READOUTS, Prototypes, final_prototypes, read_images
 from pssl.engine.inputs import ActivationInputs, Inputs
@@ -26,7 +27,7 @@ from pssl.engine.loop import Stage, run_stage
 from pssl.engine.pictures import draw_comparison
 from pssl.engine.results import commit, summarise, to_csv, to_table, versions
 from pssl.engine.scoring import Scorer
-from pssl.engine.workspace import build_inputs, new_net, open_data, save_net
+from pssl.engine.workspace import build_inputs, new_net, open_data, resolve_device, save_net
 from pssl.method.losses import Objective
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
@@ -50,15 +51,12 @@ class Experiment:
 
     def scored_indices(self, role: str) -> list[int]:
         """The images of a role that are scored: all, or an even selection of the training images."""
-        count, limit = len(self.inputs[role].ids), self.config.evaluation.train_images
-        if role == "val" or limit is None or limit >= count:
-            return list(range(count))
-        return [i * count // limit for i in range(limit)]
+        limit = self.config.evaluation.train_images if role == "train" else None
+        return even_selection(len(self.inputs[role].ids), limit)
 
 
-def open_experiment(config: TrainConfig, log: Log) -> Experiment:
+def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Experiment:
     """Open the data and make its inputs, activations of a frozen backbone included."""
-    device = torch.device(config.device)
     folder = open_data(config.data)
     net = new_net(config.model, len(folder.classes), config.seed_list[0], log.say).to(device)
     scales = {1.0, *config.inference.scales, *config.method.support.scales, *config.method.mam.scales}
@@ -76,9 +74,9 @@ def train_stage(
     """Train `net` in place: stage 1 if `name` is "classifier", else an arm on top of it."""
     config = experiment.config
     schedule, first = config.schedule, name == "classifier"
-    objective = Objective(
-        config.method, net.classes, net.dim, config.data.size, rcm=rcm, mam=mam
-    ).to(experiment.device)
+    objective = Objective(config.method, net.classes, net.dim, config.data.size, rcm=rcm, mam=mam).to(
+        experiment.device
+    )
     support = None
     if objective.needs_support:
         support = SupportNet(net, config.method.support.mode, config.method.support.momentum)
@@ -154,7 +152,12 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
             net = stage1.twin()
             stage = train_stage(experiment, arm, net, seed, out, rcm="rcm" in arm, mam="mam" in arm)
         prototypes = final_prototypes(
-            net, train_inputs, config.data.size, config.method.rcm, config.inference, config.method.support.scales
+            net,
+            train_inputs,
+            config.data.size,
+            config.method.rcm,
+            config.inference,
+            config.method.support.scales,
         )
         nets[arm] = net
         begin = time.perf_counter()
@@ -193,9 +196,7 @@ def draw_pictures(experiment: Experiment, nets: dict[str, CamNet], out: Path) ->
     shown = [arm for arm in ("classifier_long", "classifier") if arm in nets][:1]
     shown += [arm for arm in ("rcm+mam", "rcm", "mam") if arm in nets][:1]
     readings = [
-        list(
-            read_images(nets[arm], inputs, indices, lambda i: folder.mask(i).shape, config.inference, None)
-        )
+        list(read_images(nets[arm], inputs, indices, lambda i: folder.mask(i).shape, config.inference, None))
         for arm in shown
     ]
     for position in range(count):
@@ -214,17 +215,16 @@ def draw_pictures(experiment: Experiment, nets: dict[str, CamNet], out: Path) ->
 def run(config: TrainConfig, log: Log | None = None) -> dict:
     """The whole job; returns what metrics.json holds."""
     begin = time.perf_counter()
-    if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(True, warn_only=config.device != "cpu")
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
-    distributed.start(torch.device(config.device))
+    distributed.start(device)
     log = log or Log()
     if distributed.is_first():
         write_text(config.out / "config.yaml", to_yaml(config))
-    experiment = open_experiment(config, log)
+    experiment = open_experiment(config, device, log)
     runs = []
     for seed in config.seed_list:
         out = config.out if len(config.seed_list) == 1 else config.out / f"seed_{seed}"

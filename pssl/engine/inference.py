@@ -39,7 +39,12 @@ class ImageMaps:
 
 @torch.no_grad()
 def final_prototypes(
-    net: CamNet, inputs: Inputs, size: int, config: RCMConfig, inference: InferenceConfig, scales: Sequence[float]
+    net: CamNet,
+    inputs: Inputs,
+    size: int,
+    config: RCMConfig,
+    inference: InferenceConfig,
+    scales: Sequence[float],
 ) -> Prototypes:
     """Prototypes of the whole training split, as RCM forms them: per image and region, then the mean over images.
 

@@ -20,6 +20,8 @@ class Log:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(quiet=not is_first())
+        if console is None and not self.console.is_terminal:
+            self.console = Console(quiet=not is_first(), width=110)
         self.losses: list[dict] = []
 
     def say(self, text: str) -> None:

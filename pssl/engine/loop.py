@@ -120,7 +120,9 @@ def run_stage(stage: Stage, *, resume: bool = False, on_step: OnStep | None = No
                 stage.support.update(stage.net)
             values = {name: float(loss.detach()) for name, loss in losses.items()}
             if not all(torch.isfinite(torch.tensor(list(values.values())))):
-                raise FloatingPointError(f"stage {stage.name}, step {step}: losses must be finite, got {values}")
+                raise FloatingPointError(
+                    f"stage {stage.name}, step {step}: losses must be finite, got {values}"
+                )
             if on_step is not None:
                 on_step({"epoch": epoch, "step": step, "lr": stage.lr * factor, **values})
         stage.seconds += time.perf_counter() - begin

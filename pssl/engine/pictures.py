@@ -33,7 +33,9 @@ def draw_comparison(
         axes[row, 0].imshow(image)
         axes[row, 0].set_title("image" if row == 0 else "", fontsize=9)
         truth = np.ma.masked_equal(np.where(mask == 255, 255, mask), 255)
-        axes[row, 1].imshow(truth, cmap=PALETTE_MAP, vmin=0, vmax=max(len(classes), 1), interpolation="nearest")
+        axes[row, 1].imshow(
+            truth, cmap=PALETTE_MAP, vmin=0, vmax=max(len(classes), 1), interpolation="nearest"
+        )
         name = classes[region - 1] if region else "no class"
         axes[row, 1].set_title(f"ground truth ({name})", fontsize=9)
         for column, (title, maps) in enumerate(panels, start=2):

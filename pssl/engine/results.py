@@ -43,7 +43,9 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -84,7 +86,9 @@ def to_csv(rows: list[dict]) -> str:
 def to_table(rows: list[dict], title: str) -> Table:
     """The closing table."""
     has_parts = any(row["part"] is not None for row in rows)
-    table = Table(title=title, caption="threshold picked on the train split; activation: mean map value on val")
+    table = Table(
+        title=title, caption="threshold picked on the train split; activation: mean map value on val"
+    )
     for name in ("arm", "readout", "mIoU train", "mIoU val", "threshold"):
         table.add_column(name, justify="left" if name in ("arm", "readout") else "right")
     areas = ("part", "body", "background") if has_parts else ("body", "background")

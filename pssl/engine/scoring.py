@@ -62,7 +62,8 @@ class Score:
             "threshold": threshold,
             "threshold_from": threshold_from,
             "iou": {
-                name: None if np.isnan(v) else round(v, 4) for name, v in zip(regions, per_region, strict=True)
+                name: None if np.isnan(v) else round(v, 4)
+                for name, v in zip(regions, per_region, strict=True)
             },
             "best_miou_on_this_split": round(self.at(best)[0], 4),
             "best_threshold_on_this_split": best,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,15 @@ from pssl.engine.log import Log
 from pssl.engine.seeding import derive_seed
 from pssl.models.cam_net import CamNet, build_cam_net
 from pssl.models.weights import PACKAGES, file_digest, find_weights, load_weights
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA (this rank's, under torchrun) where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def open_data(config: DataConfig) -> VOCFolder:
@@ -59,8 +69,10 @@ def new_net(config: ModelConfig, classes: int, seed: int, say: Callable[[str], N
         if say is not None:
             say(f"backbone weights {report}")
     elif config.frozen:
-        raise ValueError("model.frozen: expected a backbone with weights, got random ones; give --model.weights")
-    return net
+        raise ValueError(
+            "model.frozen: expected a backbone with weights, got random ones; give --model.weights"
+        )
+    return net.to(memory_format=torch.channels_last)
 
 
 def build_inputs(
@@ -116,7 +128,13 @@ class TrainedNet:
 
 
 def save_net(
-    path: Path, net: CamNet, prototypes: Prototypes, model: ModelConfig, classes: Sequence[str], size: int, **more
+    path: Path,
+    net: CamNet,
+    prototypes: Prototypes,
+    model: ModelConfig,
+    classes: Sequence[str],
+    size: int,
+    **more,
 ) -> None:
     """Write a network, its prototypes and its description; a frozen backbone is named by digest, not copied."""
     source = weights_path(model)
@@ -133,8 +151,8 @@ def save_net(
     checkpoint.save_weights(path, tensors, description)
 
 
-def load_net(path: Path) -> TrainedNet:
-    """The network of :func:`save_net`, in eval mode, on the CPU."""
+def load_net(path: Path, device: torch.device | str = "cpu") -> TrainedNet:
+    """The network of :func:`save_net`, in eval mode."""
     tensors, description = checkpoint.load_weights(path)
     model = from_dict(ModelConfig, description["model"], str(path))
     net = build_cam_net(
@@ -154,5 +172,16 @@ def load_net(path: Path) -> TrainedNet:
             )
         load_weights(net.backbone, source)
     net.load_trained_state({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
-    rows = Prototypes(tensors["prototypes.rows"], tensors["prototypes.valid"], description["temperature"])
-    return TrainedNet(net.eval(), rows, model, tuple(description["classes"]), description["size"], description)
+    rows = Prototypes(
+        tensors["prototypes.rows"].to(device),
+        tensors["prototypes.valid"].to(device),
+        description["temperature"],
+    )
+    return TrainedNet(
+        net.eval().to(device, memory_format=torch.channels_last),
+        rows,
+        model,
+        tuple(description["classes"]),
+        description["size"],
+        description,
+    )

@@ -64,7 +64,9 @@ class _SameConv2d(nn.Conv2d):
 class _InvertedResidual(nn.Module):
     """MobileNetV2's block as EfficientNet-Lite has it: expand, depthwise, project; ReLU6; no squeeze-excitation."""
 
-    def __init__(self, inputs: int, outputs: int, expand: int, kernel: int, stride: int, dilation: int) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, expand: int, kernel: int, stride: int, dilation: int
+    ) -> None:
         super().__init__()
         hidden = inputs * expand
         if expand != 1:

@@ -52,8 +52,11 @@ def find_weights(backbone: str) -> Path:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
