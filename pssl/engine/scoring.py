@@ -49,6 +49,8 @@ class Score:
 
     def at(self, threshold: float) -> tuple[float, list[float]]:
         """mIoU and each region's IoU at a threshold of the sweep, in percent."""
+        if threshold not in self.thresholds:
+            raise ValueError(f"threshold: expected one of {self.thresholds}, got {threshold}")
         index = self.thresholds.index(threshold)
         return self.curve[index], (100 * self.iou[index]).tolist()
 
