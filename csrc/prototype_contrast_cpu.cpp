@@ -150,31 +150,31 @@ struct PixelSoftmax {
   }
   T loss() const { return std::log(sum) + (maximum - own); }
 
-  // g[c] = a (softmax_c - [c = label]) u; returns the gradient of |F|^2. z and g may be the same memory.
-  T backward(const T* z, const T* logits, T inverse, T a, int64_t label, int64_t cp, T* g) const {
+  // Turns z into g[c] = a (softmax_c - [c = label]) u; returns the gradient of |F|^2.
+  T backward(T* z, const T* logits, T inverse, T a, int64_t label, int64_t cp) const {
+    z[label] -= sum;  // before scaling, so that a softmax of 1 gives exactly 0
     const T scale = a / sum;
     Vec<T> products = {};
     for (int64_t c = 0; c < cp; c += kLanes<T>) {
       const Vec<T> r = load<T>(z + c) * scale;
       products += r * load<T>(logits + c);
-      store<T>(g + c, r * inverse);
+      store<T>(z + c, r * inverse);
     }
-    g[label] -= a * inverse;
-    return squared_norm_gradient(inverse, lane_sum<T>(products) - a * own);
+    return squared_norm_gradient(inverse, lane_sum<T>(products));
   }
 };
 
-template <class T, class S>
+template <class T>
 std::tuple<Tensor, Tensor> contrast(const Problem& p) {
-  auto f = FeatureView<S>::of(p.features);
+  auto f = FeatureView::of(p.features);
   const ClassVectors<T> classes(p);
   const int64_t cp = classes.cp, H = p.H(), W = p.W();
   const T eps = T(p.eps);
   Tensor loss = new_tensor({f.B, H, W}, scalar_type_of<T>), total = new_tensor({}, scalar_type_of<T>);
-  T* out = f.B * H * W ? loss.mutable_data_ptr<T>() : nullptr;
+  T* out = loss.numel() > 0 ? loss.mutable_data_ptr<T>() : nullptr;
   auto vectors = [&](int64_t b) { return classes.vectors(b); };
   LabelCheck check;
-  Buffer<double> counted(0);
+  Buffer<double> counted;
   int64_t parts = 0;
   auto pixel = [&](T* z, T* logits, T inverse, int64_t b, int64_t label) {
     const int64_t i = classes.image(b) * cp;
@@ -260,17 +260,17 @@ void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& cl
   }
 }
 
-template <class T, class S>
+template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional<Tensor>& grad_loss,
                                                              const std::optional<Tensor>& grad_total, const Problem& p,
                                                              const Tensor& temperature, const std::vector<bool>& needs) {
-  auto f = FeatureView<S>::of(p.features);
+  auto f = FeatureView::of(p.features);
   const ClassVectors<T> classes(p);
   const int64_t cp = classes.cp, C = classes.C, H = p.H(), W = p.W();
   const T eps = T(p.eps);
   const bool class_sums = needs[1] || needs[2];
   Tensor grad_features = needs[0] ? torch::stable::empty_like(p.features) : no_gradient(p.features);
-  auto out = needs[0] ? FeatureView<S>::of(grad_features) : f;
+  auto out = needs[0] ? FeatureView::of(grad_features) : f;
   Tensor d_weights = needs[3] ? new_tensor({f.B, H, W}, scalar_type_of<T>) : no_gradient(p.weights);
   T* d_weight = needs[3] ? d_weights.mutable_data_ptr<T>() : nullptr;
   const T d_total = grad_total ? T(scalar_value(*grad_total)) : T(0);
@@ -283,14 +283,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
       std::fill_n(g, n, T(0));
     }
   };
-  // The gradient of one pixel: g[c] of the products, the weight's, and, returned, that of |F|^2.
+  // The gradients of one pixel: of the products, in z, of the weight, and, returned, of |F|^2.
   auto pixel = [&](T* z, T* logits, T inverse, int64_t b, int64_t label, T gradient, T weight, T* dw) {
     const int64_t i = classes.image(b) * cp;
     const PixelSoftmax<T> softmax(z, logits, inverse, &classes.bias[i], &classes.mask[i], cp, label);
     if (dw) *dw = gradient * softmax.loss() + d_total;
-    return softmax.backward(z, logits, inverse, gradient * weight, label, cp, z);
+    return softmax.backward(z, logits, inverse, gradient * weight, label, cp);
   };
-  Buffer<T> sums(0);
+  Buffer<T> sums;
   if (p.same_grid()) {
     const bool flat = p.is_flat() && (!grad_loss || is_flat_map(*grad_loss)) && (!needs[0] || is_flat_map(grad_features));
     if (flat) f = f.flat(), out = out.flat();
@@ -381,10 +381,8 @@ std::tuple<Tensor, Tensor> prototype_contrast_cpu(const Tensor& features, const 
                                                   bool align_corners, double eps) {
   const Problem p{features, prototypes, regions, scalar_value(temperature), valid, weights, ignore_index, align_corners, eps};
   p.check();
-  return with_floating(kOp, "features", features.scalar_type(), [&](auto zero) {
-    using S = decltype(zero);
-    if (prototypes.scalar_type() == ScalarType::Double) return contrast<double, S>(p);
-    return contrast<Accumulate<S>, S>(p);
+  return with_accumulation({features.scalar_type(), prototypes.scalar_type()}, [&](auto zero) {
+    return contrast<decltype(zero)>(p);
   });
 }
 
@@ -395,11 +393,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_contrast_backward_cpu(
     const std::vector<bool>& needs) {
   const Problem p{features, prototypes, regions, scalar_value(temperature), valid, weights, ignore_index, align_corners, eps};
   p.check();
-  return with_floating(kOp, "features", features.scalar_type(), [&](auto zero) {
-    using S = decltype(zero);
-    if (prototypes.scalar_type() == ScalarType::Double)
-      return contrast_backward<double, S>(grad_loss, grad_total, p, temperature, needs);
-    return contrast_backward<Accumulate<S>, S>(grad_loss, grad_total, p, temperature, needs);
+  return with_accumulation({features.scalar_type(), prototypes.scalar_type()}, [&](auto zero) {
+    return contrast_backward<decltype(zero)>(grad_loss, grad_total, p, temperature, needs);
   });
 }
 

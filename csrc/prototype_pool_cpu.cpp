@@ -117,9 +117,9 @@ void write_sums(const Buffer<T>& sums, int64_t B, int64_t C, int64_t D, int64_t 
       for (int64_t d = 0; d < D; ++d) o[(b * C + c) * D + d] = sums[(b * D + d) * cp + c];
 }
 
-template <class T, class S>
+template <class T>
 std::tuple<Tensor, Tensor> pool(const Problem& p) {
-  auto f = FeatureView<S>::of(p.features);
+  auto f = FeatureView::of(p.features);
   const int64_t C = p.C, cp = round_up(C, kLanes<T>), H = p.H(), W = p.W();
   Tensor sums = new_tensor({f.B, C, f.D}, scalar_type_of<T>), mass = new_tensor({f.B, C}, scalar_type_of<T>);
   LabelCheck check;
@@ -204,16 +204,16 @@ struct MaskGradients {
   }
 };
 
-template <class T, class S>
+template <class T>
 std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& grad_sums, const std::optional<Tensor>& grad_mass,
                                                  const Problem& p, const std::vector<bool>& needs) {
-  auto f = FeatureView<S>::of(p.features);
+  auto f = FeatureView::of(p.features);
   const int64_t C = p.C, cp = round_up(C, kLanes<T>), H = p.H(), W = p.W();
   const T eps = T(p.eps);
   Tensor grad_features = needs[0] ? torch::stable::empty_like(p.features) : no_gradient(p.features);
   Tensor d_regions = needs[1] ? new_tensor({f.B, C, H, W}, scalar_type_of<T>) : no_gradient(p.regions);
   Tensor d_weights = needs[2] ? new_tensor({f.B, H, W}, scalar_type_of<T>) : no_gradient(p.weights);
-  auto out = needs[0] ? FeatureView<S>::of(grad_features) : f;
+  auto out = needs[0] ? FeatureView::of(grad_features) : f;
   MaskGradients<T> written{needs[1] ? d_regions.mutable_data_ptr<T>() : nullptr,
                            needs[2] ? d_weights.mutable_data_ptr<T>() : nullptr, C, H, W};
   Buffer<T> q(f.B * f.D * cp, true), masses(grad_mass ? f.B * C : 0);  // q: grad_sums as [B][D][cp]
@@ -303,10 +303,7 @@ std::tuple<Tensor, Tensor> prototype_pool_cpu(const Tensor& features, const Tens
                                               bool align_corners, double eps) {
   const Problem p{features, regions, weights, num_regions, normalize, ignore_index, align_corners, eps};
   p.check();
-  return with_floating(kOp, "features", features.scalar_type(), [&](auto zero) {
-    using S = decltype(zero);
-    return pool<Accumulate<S>, S>(p);
-  });
+  return with_accumulation({features.scalar_type()}, [&](auto zero) { return pool<decltype(zero)>(p); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototype_pool_backward_cpu(
@@ -315,10 +312,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_pool_backward_cpu(
     bool align_corners, double eps, const std::vector<bool>& needs) {
   const Problem p{features, regions, weights, num_regions, normalize, ignore_index, align_corners, eps};
   p.check();
-  return with_floating(kOp, "features", features.scalar_type(), [&](auto zero) {
-    using S = decltype(zero);
-    return pool_backward<Accumulate<S>, S>(grad_sums, grad_mass, p, needs);
-  });
+  return with_accumulation({features.scalar_type()}, [&](auto zero) { return pool_backward<decltype(zero)>(grad_sums, grad_mass, p, needs); });
 }
 
 }  // namespace

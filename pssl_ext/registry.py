@@ -157,7 +157,7 @@ def _composite_backward(spec: OpSpec) -> Callable:
             with _autograd_in_kernel():
                 for leaf in leaves:
                     leaf.requires_grad_()
-                outputs = _without_autocast(spec.reference)(*fixed)
+                outputs = spec.reference(*fixed)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 pairs = [
                     (o, g.to(o.dtype))
@@ -174,7 +174,8 @@ def _composite_backward(spec: OpSpec) -> Callable:
             found = dict(zip(wanted, tree_unflatten(list(made), structure), strict=True))
         return tuple(_like(args[i], found.get(i)) for i in indices)
 
-    return kernel
+    # the whole of it: backward() may be called under autocast too, and matrix products are in the gradient as well
+    return _without_autocast(kernel)
 
 
 @contextlib.contextmanager

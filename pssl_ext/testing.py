@@ -2,8 +2,8 @@
 
 Truth is the reference in float64 on the same inputs. A kernel may err twice as much as the reference does in the kernel's
 own types, plus one rounding of the result and a few of the accumulation: the bound is the same for every operator, and
-`allowed` is the one place it is written. Gradients must also point the same way (cosine) and be neither shrunk nor
-shifted (signed bias), which catches a wrong factor that hides below the largest half-precision rounding error.
+`allowed` is the one place it is written. Gradients must also point the same way (cosine) and be neither shrunk nor shifted
+(signed bias), which catches a wrong factor that hides below the largest half-precision rounding error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pssl_ext.ops._reference import accumulation_dtype
@@ -29,7 +28,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACCUMULATION_ROUNDINGS = 16
 
 
-# -- layouts -----------------------------------------------------------------------------------------------------------
+# -- layouts -------------------------------------------------------------------------------------------------
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ def _sliced(x: Tensor) -> Tensor:
     """Every second element of a buffer whose gaps hold what would show if it were read."""
     if x.ndim == 0:
         return x
-    gaps = torch.nan if x.is_floating_point() else 1
+    gaps = torch.nan if x.is_floating_point() else 99
     wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), gaps, device=x.device).to(x.dtype)
     wide[..., 1::2] = x
     return wide[..., 1::2]
@@ -57,8 +56,11 @@ def _offset(x: Tensor) -> Tensor:
 
 
 def _expanded(x: Tensor) -> Tensor:
-    """Stride 0 along the first dimension, with the values of its first entry."""
-    return x[:1].expand(x.shape) if x.ndim >= 1 and x.shape[0] > 1 else x
+    """Stride 0 along the batch, with the values of its first entry.
+
+    Matrices stay as they are: with equal prototypes every gradient is 0 but for rounding, which compares with nothing.
+    """
+    return x[:1].expand(x.shape) if x.ndim >= 3 and x.shape[0] > 1 else x
 
 
 #: the layout of every tensor argument; where a layout does not apply to a tensor, that one stays contiguous
@@ -72,7 +74,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# -- cases -------------------------------------------------------------------------------------------------------------
+# -- cases ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-# -- running -----------------------------------------------------------------------------------------------------------
+# -- running -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -152,8 +154,8 @@ def run(
 ) -> Results:
     """Forward, and the gradient of every differentiable argument (``only``: of that one).
 
-    ``cotangent`` "random": the same random float32 values for every caller; "sum": what ``.sum().backward()`` sends,
-    a stride-0 gradient. ``function`` stands in for the public function (a compiled one, say).
+    ``cotangent`` "random": the same random float32 values for every caller; "sum": what ``.sum().backward()`` sends, a
+    stride-0 gradient. ``function`` stands in for the public function (a compiled one, say).
     """
     args = tree_map_only(Tensor, lambda t: t.detach(), args)
     inputs = {n: t for n, t in leaves(spec, args).items() if only in (None, n)}
@@ -183,7 +185,7 @@ def truth(spec: OpSpec, args: dict[str, Any], **how: Any) -> Results:
     return run(spec, doubled, "reference", **how)
 
 
-# -- comparing ---------------------------------------------------------------------------------------------------------
+# -- comparing -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def errors(got: Tensor, true: Tensor) -> Errors:
 
 
 def allowed(own: Errors, true: Tensor, result: torch.dtype, accumulation: torch.dtype) -> Errors:
-    """The bound on each error, from the reference's own errors in the kernel's types. The only tolerances there are."""
+    """The bound on each error, from the reference's own errors in the kernel's types: all tolerances there are."""
     if true.numel() == 0:
         return Errors(0.0)
     info = torch.finfo(result)
@@ -236,7 +238,7 @@ def allowed(own: Errors, true: Tensor, result: torch.dtype, accumulation: torch.
 def assert_accurate(
     got: Tensor, own: Tensor, true: Tensor, what: str, accumulation: torch.dtype = torch.float32
 ) -> None:
-    """``got`` is as near to ``true`` as ``own``, the reference in ``got``'s types, promises. Integers must be equal.
+    """``got`` is as near to ``true`` as ``own``, the reference in its types, promises. Integers must be equal.
 
     ``what`` names the operator, case and tensor in the message.
     """
@@ -295,23 +297,8 @@ def check_args(
     return got
 
 
-def schema_args(case: Case, *, requires_grad: bool = False) -> tuple:
-    """What the public function hands to the dispatcher: the schema's arguments in order, as opcheck takes them."""
-    found: list[tuple] = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-            if func is case.spec.op:
-                found.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Recorder(), torch.no_grad():
-        case.spec.function(**case.sample.args, backend="auto")
-    # defaults that equal the schema's are dropped by the dispatcher; ours have none
-    assert len(found) == 1 and len(found[0]) == len(case.spec.argument_names)
-    args = tree_map_only(Tensor, lambda t: t.detach(), found[0])
-    if requires_grad:
-        for name, value in zip(case.spec.argument_names, args, strict=True):
-            if name in case.spec.differentiable:
-                tree_map_only(Tensor, lambda t: t.requires_grad_() if t.is_floating_point() else t, value)
-    return args
+def assert_same_bits(a: Results, b: Results, what: str) -> None:
+    for name, tensor in a.named().items():
+        other = b.named()[name]
+        same = (tensor == other) | (tensor.isnan() & other.isnan())
+        assert bool(same.all()), f"{what}: {name}: {int((~same).sum())} of {same.numel()} values differ"

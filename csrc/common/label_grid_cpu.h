@@ -49,8 +49,8 @@ struct CellMaps {
 
 // Products of every cell's feature with the class vectors of its image, `vectors(b)` = [D][cp], and, with `gram`, with
 // its neighbours.
-template <class T, class S, class Vectors>
-CellMaps<T> cell_maps(const FeatureView<S>& f, int64_t cp, const Vectors& vectors, bool gram) {
+template <class T, class Vectors>
+CellMaps<T> cell_maps(const FeatureView& f, int64_t cp, const Vectors& vectors, bool gram) {
   const int64_t cells = f.B * f.h * f.w;
   CellMaps<T> maps{f.B, f.h, f.w, cp, Buffer<T>(cells * cp), {}, gram};
   if (gram)

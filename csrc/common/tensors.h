@@ -28,22 +28,18 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Sums of float16, bfloat16 and float32 are kept in float32, those of float64 in float64.
-template <class S>
-using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
-
 template <class T>
 constexpr ScalarType scalar_type_of = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// Calls f(S{}) with the C++ type of a floating tensor.
+// Calls f(S{}) with the C++ type of the elements of a floating tensor.
 template <class F>
-auto with_floating(const char* op, const char* argument, ScalarType type, const F& f) {
+auto with_floating(ScalarType type, const F& f) {
   switch (type) {
     case ScalarType::Float: return f(float{});
     case ScalarType::Double: return f(double{});
     case ScalarType::Half: return f(Half{});
     case ScalarType::BFloat16: return f(BFloat16{});
-    default: STD_TORCH_CHECK(false, op, ": ", argument, " must be float16, bfloat16, float32 or float64");
+    default: STD_TORCH_CHECK(false, "pssl: features must be float16, bfloat16, float32 or float64");
   }
 }
 
@@ -89,27 +85,36 @@ struct Rows {
   }
 };
 
+// Calls f(T{}) with the type in which sums are kept: double if any input is, else float.
+template <class F>
+auto with_accumulation(std::initializer_list<ScalarType> inputs, const F& f) {
+  for (ScalarType type : inputs)
+    if (type == ScalarType::Double) return f(double{});
+  return f(float{});
+}
+
 // Whether the last two dimensions can be read as one row.
 inline bool is_flat_map(const Tensor& t) {
   const int64_t n = t.dim();
   return t.size(n - 2) == 1 || t.stride(n - 2) == t.size(n - 1) * t.stride(n - 1);
 }
 
-// [B,D,h,w] of type S with any strides.
-template <class S>
+// [B,D,h,w] of any floating type and strides. The type is looked at where rows are packed and unpacked, so that
+// everything behind is compiled for the accumulation type alone.
 struct FeatureView {
-  S* data;
+  void* data;
+  ScalarType type;
   int64_t B, D, h, w;
   int64_t sb, sd, sy, sx;
 
   static FeatureView of(const Tensor& t) {
     // const_cast: one view type serves the features, read only, and their gradient, written
-    S* data = t.numel() ? const_cast<S*>(static_cast<const S*>(t.const_data_ptr())) : nullptr;
-    return {data,        t.size(0),   t.size(1),   t.size(2),  t.size(3),
-            t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+    void* data = t.numel() > 0 ? const_cast<void*>(t.const_data_ptr()) : nullptr;
+    return {data,        t.scalar_type(), t.size(0),   t.size(1),  t.size(2),
+            t.size(3),   t.stride(0),     t.stride(1), t.stride(2), t.stride(3)};
   }
   // The same elements as one row of h·w pixels, where is_flat_map: longer tiles.
-  FeatureView flat() const { return {data, B, D, 1, h * w, sb, sd, h * w * sx, sx}; }
+  FeatureView flat() const { return {data, type, B, D, 1, h * w, sb, sd, h * w * sx, sx}; }
 };
 
 // What a backward returns for a gradient that is not wanted, in the type of the argument (float32 where there is none).
@@ -138,7 +143,8 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n = 0, bool zeroed = false) { reset(n, zeroed); }
+  Buffer() = default;
+  explicit Buffer(int64_t n, bool zeroed = false) { reset(n, zeroed); }
   void reset(int64_t n, bool zeroed = false) {
     storage_.reset(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t{64})));
     if (zeroed) std::fill_n(storage_.get(), n, T(0));

@@ -14,6 +14,9 @@
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
+// Compiled once a type: the callers are many and the loops long.
+#define PSSL_NOINLINE __attribute__((noinline))
+
 constexpr int kPixelBlock = 8;  // pixels that dots keeps in registers at once
 constexpr int kTilePixels = 128;
 
@@ -30,61 +33,58 @@ int64_t tile_stride(int64_t pixels) {
   return stride + (stride / (64 / int64_t(sizeof(T))) % 2 ? 0 : 64 / int64_t(sizeof(T)));
 }
 
+// move(d, p, stride of d, stride of p) for all D channels of n pixels, in the order that suits the layout: along the
+// pixels, or for channels last in blocks of 16×16, since one side is read and the other written across its rows.
+template <class Move>
+inline void for_plane(const FeatureView& f, int64_t n, const Move& move) {
+  using One = std::integral_constant<int64_t, 1>;
+  if (f.sx == 1) {
+    for (int64_t d = 0; d < f.D; ++d)
+      for (int64_t p = 0; p < n; ++p) move(d, p, f.sd, One{});
+  } else if (f.sd == 1) {
+    for (int64_t p0 = 0; p0 < n; p0 += 16)
+      for (int64_t d0 = 0; d0 < f.D; d0 += 16)
+        for (int64_t p = p0; p < std::min(p0 + 16, n); ++p)
+          for (int64_t d = d0; d < std::min(d0 + 16, f.D); ++d) move(d, p, One{}, f.sx);
+  } else {
+    for (int64_t d = 0; d < f.D; ++d)
+      for (int64_t p = 0; p < n; ++p) move(d, p, f.sd, f.sx);
+  }
+}
+
 // Packs pixels [x, x + n) of row y into out[d][0..n), zero where the pixel is outside the map, and zero in the columns
 // up to `padded`.
 template <class T, class S>
-void pack_row(const FeatureView<S>& f, int64_t b, int64_t y, int64_t x, int64_t n, int64_t padded, T* out, int64_t ld) {
+PSSL_NOINLINE void pack_row_of(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n, int64_t padded, T* out, int64_t ld) {
   const int64_t begin = y >= 0 && y < f.h ? std::clamp<int64_t>(-x, 0, n) : n;
   const int64_t end = y >= 0 && y < f.h ? std::clamp<int64_t>(f.w - x, begin, n) : n;
-  const S* row = begin < end ? f.data + b * f.sb + y * f.sy + (x + begin) * f.sx : nullptr;
-  if (f.sd == 1 && f.sx != 1 && begin < end) {  // channels last: read along D, sixteen pixels at a time
-    for (int64_t d = 0; d < f.D; ++d) {
-      std::fill(out + d * ld, out + d * ld + begin, T(0));
-      std::fill(out + d * ld + end, out + d * ld + padded, T(0));
-    }
-    for (int64_t p0 = begin; p0 < end; p0 += 16) {
-      const int64_t p1 = std::min(p0 + 16, end);
-      for (int64_t d0 = 0; d0 < f.D; d0 += 16)
-        for (int64_t p = p0; p < p1; ++p)
-          for (int64_t d = d0; d < std::min(d0 + 16, f.D); ++d)
-            out[d * ld + p] = static_cast<T>(row[(p - begin) * f.sx + d]);
-    }
-    return;
-  }
   for (int64_t d = 0; d < f.D; ++d) {
-    T* o = out + d * ld;
-    std::fill(o, o + begin, T(0));
-    if (begin < end) {
-      const S* in = row + d * f.sd;
-      if (f.sx == 1) {
-        for (int64_t p = begin; p < end; ++p) o[p] = static_cast<T>(in[p - begin]);
-      } else {
-        for (int64_t p = begin; p < end; ++p) o[p] = static_cast<T>(in[(p - begin) * f.sx]);
-      }
-    }
-    std::fill(o + end, o + padded, T(0));
+    std::fill(out + d * ld, out + d * ld + begin, T(0));
+    std::fill(out + d * ld + end, out + d * ld + padded, T(0));
   }
+  if (begin == end) return;
+  const S* row = static_cast<const S*>(f.data) + b * f.sb + y * f.sy + (x + begin) * f.sx;
+  out += begin;
+  for_plane(f, end - begin, [&](int64_t d, int64_t p, auto sd, auto sx) {
+    out[d * ld + p] = static_cast<T>(row[d * sd + p * sx]);
+  });
+}
+
+template <class T>
+void pack_row(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n, int64_t padded, T* out, int64_t ld) {
+  with_floating(f.type, [&](auto zero) { pack_row_of<T, decltype(zero)>(f, b, y, x, n, padded, out, ld); });
 }
 
 // Writes in[d][0..n) to pixels [x, x + n) of row y.
 template <class T, class S>
-void unpack_row(const T* in, int64_t ld, const FeatureView<S>& f, int64_t b, int64_t y, int64_t x, int64_t n) {
-  S* row = f.data + b * f.sb + y * f.sy + x * f.sx;
-  if (f.sd == 1 && f.sx != 1) {
-    for (int64_t p0 = 0; p0 < n; p0 += 16)
-      for (int64_t d0 = 0; d0 < f.D; d0 += 16)
-        for (int64_t p = p0; p < std::min(p0 + 16, n); ++p)
-          for (int64_t d = d0; d < std::min(d0 + 16, f.D); ++d) row[p * f.sx + d] = static_cast<S>(in[d * ld + p]);
-    return;
-  }
-  for (int64_t d = 0; d < f.D; ++d) {
-    S* o = row + d * f.sd;
-    if (f.sx == 1) {
-      for (int64_t p = 0; p < n; ++p) o[p] = static_cast<S>(in[d * ld + p]);
-    } else {
-      for (int64_t p = 0; p < n; ++p) o[p * f.sx] = static_cast<S>(in[d * ld + p]);
-    }
-  }
+PSSL_NOINLINE void unpack_row_of(const T* in, int64_t ld, const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n) {
+  S* row = static_cast<S*>(f.data) + b * f.sb + y * f.sy + x * f.sx;
+  for_plane(f, n, [&](int64_t d, int64_t p, auto sd, auto sx) { row[d * sd + p * sx] = static_cast<S>(in[d * ld + p]); });
+}
+
+template <class T>
+void unpack_row(const T* in, int64_t ld, const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n) {
+  with_floating(f.type, [&](auto zero) { unpack_row_of<T, decltype(zero)>(in, ld, f, b, y, x, n); });
 }
 
 // Calls body(integral_constant V, first column) for blocks of V vectors that cover `cp` columns.
@@ -105,7 +105,7 @@ void for_class_blocks(int64_t cp, const F& body) {
 
 // z[p][0..cp) = sum_d f[d][p] q[d][0..cp) for p < pixels (a multiple of kPixelBlock).
 template <class T>
-void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t cp, T* z) {
+PSSL_NOINLINE void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t cp, T* z) {
   for_class_blocks<T>(cp, [&](auto block, int64_t c) {
     constexpr int V = decltype(block)::value;
     constexpr int P = kVecRegisters >= 32 ? kPixelBlock : kPixelBlock / 2;  // P·V accumulators and V operands
@@ -131,11 +131,11 @@ void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, in
 // s[d][0..cp) += sum_p f[d][p] g[p][0..cp) over the `count` pixels listed in `active`. Pixels that count for nothing
 // are left out, not multiplied by 0: their features may be NaN.
 template <class T>
-void tile_outer(const T* f, int64_t ld, const int32_t* active, int64_t count, int64_t D, const T* g, int64_t cp, T* s) {
+PSSL_NOINLINE void tile_outer(const T* f, int64_t ld, const int32_t* active, int64_t count, int64_t D, const T* g, int64_t cp, T* s) {
   for_class_blocks<T>(cp, [&](auto block, int64_t c) {
     constexpr int V = decltype(block)::value;
-    auto rows = [&](auto count, int64_t d) {
-      constexpr int N = decltype(count)::value;
+    auto rows = [&]([[maybe_unused]] auto lines, int64_t d) {
+      constexpr int N = decltype(lines)::value;
       Vec<T> sum[N][V];
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i)
@@ -173,7 +173,7 @@ struct Neighbour {
 // o[d][p] = sum_{c<C} q[d][c] gt[c][p] + sum_k neighbours[k].coefficient[p] neighbours[k].feature[d][p],
 // p < pixels (a multiple of the vector length). gt is [C][ldg], o and the features share `ld`.
 template <class T>
-void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, const T* gt, int64_t ldg,
+PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, const T* gt, int64_t ldg,
                   const std::vector<Neighbour<T>>& neighbours, T* o, int64_t ld, int64_t pixels) {
   constexpr int N = 4;  // rows of D at once
   auto block = [&](auto rows, auto vectors, int64_t d, int64_t p) {
@@ -220,14 +220,14 @@ void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, const T* gt, int
 
 // gt[c][p] = g[p][c]
 template <class T>
-void transpose_tile(const T* g, int64_t cp, int64_t C, int64_t pixels, T* gt, int64_t ldg) {
+PSSL_NOINLINE void transpose_tile(const T* g, int64_t cp, int64_t C, int64_t pixels, T* gt, int64_t ldg) {
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < C; ++c) gt[c * ldg + p] = g[p * cp + c];
 }
 
 // squares[p] = sum_d f[d][p]^2 for p < pixels.
 template <class T>
-void tile_squares(const T* f, int64_t ld, int64_t pixels, int64_t D, T* squares) {
+PSSL_NOINLINE void tile_squares(const T* f, int64_t ld, int64_t pixels, int64_t D, T* squares) {
   for (int64_t p = 0; p < pixels; p += kLanes<T>) {
     Vec<T> sum = {};
     for (int64_t d = 0; d < D; ++d) {

@@ -17,16 +17,16 @@ struct Tile {
 };
 
 // The tiles of one image.
-template <class T, class S>
-int64_t tile_count(const FeatureView<S>& f) {
+template <class T>
+int64_t tile_count(const FeatureView& f) {
   const int64_t tile = tile_pixels(f.D, sizeof(T));
   return (f.w + tile - 1) / tile * f.h;
 }
 
 // Calls the functions that `make_body()` returns, one a thread and chunk, on every tile. With `sums`, returns
 // [B][D][cp]: for each image sum over its active pixels of f[d][p] g[p][c].
-template <class T, class S, class MakeBody>
-Buffer<T> tile_pass(const FeatureView<S>& f, int64_t cp, bool sums, const MakeBody& make_body) {
+template <class T, class MakeBody>
+Buffer<T> tile_pass(const FeatureView& f, int64_t cp, bool sums, const MakeBody& make_body) {
   const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile);
   const int64_t per_row = (f.w + tile - 1) / tile, tiles = tile_count<T>(f), size = sums ? f.D * cp : 0;
   // About 64 chunks in all, so that they share out well; fewer where their sums would take more than 64 MiB.
@@ -59,8 +59,8 @@ Buffer<T> tile_pass(const FeatureView<S>& f, int64_t cp, bool sums, const MakeBo
 }
 
 // [B][D][cp]: the sums over the cells of f times the products' gradients.
-template <class T, class S>
-Buffer<T> adjoint_class_sums(const FeatureView<S>& f, const CellAdjoint<T>& adjoint, int64_t C) {
+template <class T>
+Buffer<T> adjoint_class_sums(const FeatureView& f, const CellAdjoint<T>& adjoint, int64_t C) {
   return tile_pass<T>(f, adjoint.cp, true, [&] {
     return [&](Tile<T>& t) {
       for (int64_t p = 0; p < t.n; ++p) {
@@ -78,8 +78,8 @@ Buffer<T> adjoint_class_sums(const FeatureView<S>& f, const CellAdjoint<T>& adjo
 
 // The gradient of the features from the gradients of the products: every cell's class vectors, and, with `gram`, the
 // eight neighbours and the cell itself.
-template <class T, class S, class Vectors>
-void adjoint_feature_gradient(const FeatureView<S>& f, const FeatureView<S>& out, const CellAdjoint<T>& adjoint, int64_t C,
+template <class T, class Vectors>
+void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, const CellAdjoint<T>& adjoint, int64_t C,
                               const Vectors& vectors, bool gram) {
   const int64_t tile = tile_pixels(f.D, sizeof(T)), lanes = kLanes<T>;
   const int64_t ldg = round_up(tile, lanes), ld = tile_stride<T>(ldg + 2 + lanes);

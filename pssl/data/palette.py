@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ["colour_labels", "temporary_beside", "voc_palette", "write_label_png"]
+__all__ = ["colour_labels", "label_image", "temporary_beside", "voc_palette", "write_label_png"]
 
 
 def voc_palette(n: int = 256) -> list[int]:
@@ -31,9 +31,12 @@ def voc_palette(n: int = 256) -> list[int]:
     ]
 
 
+_PALETTE = voc_palette()
+
+
 def colour_labels(labels: np.ndarray) -> np.ndarray:
     """Label image uint8 [H,W] as VOC colours, uint8 [H,W,3]; 255 becomes VOC's pale border colour."""
-    return np.asarray(voc_palette(), np.uint8).reshape(256, 3)[labels]
+    return np.asarray(_PALETTE, np.uint8).reshape(256, 3)[labels]
 
 
 @contextmanager
@@ -55,18 +58,26 @@ def temporary_beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_label_png(path: str | Path, labels: np.ndarray) -> None:
-    """Write a label image uint8 [H,W] as a palette PNG whose indices are the labels, as VOC's masks are.
+def label_image(labels: np.ndarray) -> Image.Image:
+    """Label image uint8 [H,W] as a palette image whose indices are the labels and whose colours are VOC's.
 
-    The file appears whole or not at all; the same labels give the same bytes. Raises ValueError for another
-    dtype or number of dimensions, and for an image without pixels.
+    Raises ValueError for another dtype or number of dimensions, and for an image without pixels.
     """
     labels = np.asarray(labels)
     if labels.dtype != np.uint8 or labels.ndim != 2 or labels.size == 0:
         raise ValueError(
-            f"{path}: labels must be uint8 [H,W] with pixels, got {labels.dtype} {list(labels.shape)}"
+            f"labels must be uint8 [H,W] with at least one pixel, got {labels.dtype} {list(labels.shape)}"
         )
     image = Image.fromarray(np.ascontiguousarray(labels))  # mode "L"; a palette turns it into "P"
-    image.putpalette(voc_palette())
+    image.putpalette(_PALETTE)
+    return image
+
+
+def write_label_png(path: str | Path, labels: np.ndarray) -> None:
+    """Write a label image uint8 [H,W] as a palette PNG whose indices are the labels, as VOC's masks are.
+
+    The file appears whole or not at all; the same labels give the same bytes. Raises as `label_image` does.
+    """
+    image = label_image(labels)
     with temporary_beside(Path(path)) as temporary:
-        image.save(temporary, format="PNG", optimize=False)
+        image.save(temporary, format="PNG")

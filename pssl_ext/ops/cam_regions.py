@@ -123,7 +123,7 @@ def cam_regions(
 
 def _check_cams(op: str, argument: str, cams: Sequence[Tensor], image_labels: Tensor) -> int:
     """Checks a list of CAM maps against the image labels [B,K]; returns K."""
-    checks.require(len(cams) >= 1, op, argument, "at least one map", "none")
+    checks.require(len(cams) >= 1, op, argument, "at least one map", [])
     checks.require_tensor(op, "image_labels", image_labels)
     checks.require(image_labels.ndim == 2, op, "image_labels", "[B,K]", image_labels)
     b, k = image_labels.shape

@@ -175,7 +175,7 @@ def cam_sweep(
     same = len(cams) == len(class_ids) == len(ground_truth)
     lengths = (len(cams), len(class_ids), len(ground_truth))
     checks.require(same, OP, "cams, class_ids, ground_truth", "lists of one length", lengths)
-    checks.require(len(cams) >= 1, OP, "cams", "at least one image", "none")
+    checks.require(len(cams) >= 1, OP, "cams", "at least one image", [])
     device = cams[0].device
     for i, (cam, ids, truth) in enumerate(zip(cams, class_ids, ground_truth, strict=True)):
         checks.require_floating(OP, f"cams[{i}]", cam)

@@ -64,10 +64,13 @@ def _check_values(
 def _bytes_moved(
     features: Tensor, prototypes: Tensor, regions: Tensor, weights: Tensor | None = None, **_
 ) -> tuple[int, int]:
-    """Forward: features and labels read once. Backward: the same, and the features' gradient written."""
-    feature_bytes = features.numel() * features.element_size()
-    label_bytes = sum(t.numel() * t.element_size() for t in (regions, weights) if t is not None)
-    return feature_bytes + label_bytes, 2 * feature_bytes + label_bytes
+    """Forward: every argument read once. Backward: the same, and the gradients written."""
+
+    def size(*tensors: Tensor | None) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    read = size(features, prototypes, regions, weights)
+    return read, read + size(features, prototypes, weights)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:

@@ -1,7 +1,8 @@
-"""Makes the cases: a test that takes ``case`` runs for every operator of the registry, so a new one is tested at once.
+"""Makes the cases: a test that takes ``case`` runs for every operator of the registry, so a new one is
+tested at once.
 
-``@pytest.mark.cases(dtypes=…, layouts=…, differentiable=True, samples=n)`` narrows them. A backend that cannot run gives
-one skipped test for each operator and device, with the reason.
+``@pytest.mark.cases(dtypes=…, layouts=…, differentiable=True, samples=n)`` narrows them. A backend that
+cannot run gives one skipped test for each operator and device, with the reason.
 """
 
 from itertools import product
@@ -28,7 +29,8 @@ def pytest_generate_tests(metafunc):
 def _cases(
     dtypes=(torch.float32,), layouts=("contiguous",), names=None, differentiable=False, count=None, each=None
 ):
-    """``names``: these operators only; ``count``: their first samples only; ``each(case)``: those it accepts."""
+    """``names``: these operators only; ``count``: their first samples only; ``each(case)``: those it
+    accepts."""
     for op, device in product(OPS, devices()):
         if (names and op not in names) or (differentiable and not OPS[op].differentiable):
             continue
@@ -45,8 +47,8 @@ def _cases(
 
 
 def _backends(op, device):
-    """Each backend with the reason it cannot run. "auto" stands for the operator's composite kernel where there is no
-    compiled one, and is the same as "native" where there is."""
+    """Each backend with the reason it cannot run. "auto" stands for the operator's composite kernel where
+    there is no compiled one, and is the same as "native" where there is."""
     native = backends.why_not(op, "native", device)
     yield "native", native
     if native is not None:

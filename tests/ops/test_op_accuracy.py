@@ -34,7 +34,9 @@ def test_each_gradient_alone(case):
         alone = run(spec, args, case.backend, only=name).grads
         for found, gradient in alone.items():
             assert found == f"grad {name}"
-            torch.testing.assert_close(gradient, together[found], rtol=1e-5, atol=1e-6, msg=f"{case}: {found}")
+            torch.testing.assert_close(
+                gradient, together[found], rtol=1e-5, atol=1e-6, msg=f"{case}: {found}"
+            )
 
 
 @pytest.mark.cases(dtypes=(torch.bfloat16, torch.float16), differentiable=True)

@@ -16,7 +16,8 @@ def fresh_compiler():
 
 @pytest.mark.cases()
 def test_one_graph(case):
-    """Labels hold ignore_index in most samples, where other fused losses have been wrong under compile only."""
+    """Labels hold ignore_index in most samples, where other fused losses have been wrong under compile
+    only."""
     check(case, function=torch.compile(case.spec.function, fullgraph=True, backend="aot_eager"))
 
 
@@ -35,7 +36,9 @@ def test_dynamic_shapes(op):
             features=torch.randn(b, 8, h, w, generator=g),
             regions=torch.randint(0, 3, (b, h * scale, w * scale), generator=g),
         )
-        more = dict(num_regions=3) if op == "prototype_pool" else dict(prototypes=torch.randn(3, 8, generator=g))
+        more = (
+            dict(num_regions=3) if op == "prototype_pool" else dict(prototypes=torch.randn(3, 8, generator=g))
+        )
         with torch.compiler.set_stance("default" if b == 2 else "fail_on_recompile"):
             check_args(OPS[op], {**args, **more}, "auto", f"{op} {b}x{h}x{w}", function=compiled)
 

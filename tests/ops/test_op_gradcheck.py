@@ -8,8 +8,9 @@ from pssl_ext.testing import leaves
 
 @pytest.mark.cases(dtypes=(torch.float64,), differentiable=True, each=lambda case: not _stops_gradient(case))
 def test_gradcheck(case):
-    """Every element for few inputs, random directions for many. The samples are random, so none lies on a kink of
-    |·| or relu; gradcheck leaves gradients that are zero by definition (all ignored) to agree with a constant."""
+    """Every element for few inputs, random directions for many. The samples are random, so none lies on a
+    kink of |·| or relu; gradcheck leaves gradients that are zero by definition (all ignored) to agree with a
+    constant."""
     spec, args = case.spec, case.sample.args
     inputs = {name: tensor.detach().clone().requires_grad_() for name, tensor in leaves(spec, args).items()}
     names = list(inputs)
@@ -29,6 +30,6 @@ def test_gradcheck(case):
 
 
 def _stops_gradient(case):
-    """cam_compare's attention is a constant by definition, so its gradient is no derivative of its loss; the literal
-    loop of test_oracle_cams.py checks it with the attention held."""
+    """cam_compare's attention is a constant by definition, so its gradient is no derivative of its loss; the
+    literal loop of test_oracle_cams.py checks it with the attention held."""
     return case.op == "cam_compare" and case.sample.args.get("attention", "cosine") == "cosine"

@@ -1,11 +1,13 @@
-"""``torch.library.opcheck``, all of its tests, on every operator and its backward: schema, fake kernel, autograd, AOT."""
+"""``torch.library.opcheck``, all of its tests, on every operator and its backward: schema, fake kernel,
+autograd, AOT."""
 
 import pytest
 import torch
+from support import schema_args
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from pssl_ext.testing import check, schema_args
+from pssl_ext.testing import check
 
 
 @pytest.mark.cases()

@@ -1,8 +1,10 @@
 """Objects of the synthetic data set: a large plain body with a small part that tells the class.
 
 An object lives in its own coordinates: u along its length from −1 (tail) to 1 (tip of the part), v across.
-The part is a disc-like badge of radius `PART_RADIUS` at `PART_CENTRE`, in front of the body. Bodies come in
-three kinds, each shared by two classes: a body says which pair, only the part says which class.
+The part is a disc-like badge of radius `PART_RADIUS` at `PART_CENTRE`, in front of the body. There are two
+kinds of body, each shared by three classes: a body says little, only the part says which class. With three
+kinds, each shared by two, a classifier took the body as a hint, and its CAMs reached 61-64 % mIoU instead of
+about 50.
 """
 
 from __future__ import annotations
@@ -81,10 +83,6 @@ def _barrel(u: Array, v: Array) -> Array:
     return np.sqrt(np.hypot((u / 0.72) ** 2, (v / 0.43) ** 2))
 
 
-def _pear(u: Array, v: Array) -> Array:
-    return np.sqrt((u / 0.74) ** 2 + (v / (0.48 - 0.1 * u)) ** 2)
-
-
 # Bodies' patterns: (u, v) in periods → 0..1 between two colours.
 def _scales(u: Array, v: Array) -> Array:
     row = np.floor(v * 1.25)
@@ -94,12 +92,6 @@ def _scales(u: Array, v: Array) -> Array:
 
 def _stripes(u: Array, v: Array) -> Array:
     return np.clip(0.5 + 0.9 * np.sin(2 * np.pi * (u + 0.35 * np.abs(v))), 0, 1)
-
-
-def _dots(u: Array, v: Array) -> Array:
-    row = np.floor(v)
-    across = (u + 0.5 * (row % 2)) % 1 - 0.5
-    return np.clip(2.6 - 7 * np.hypot(across, v - row - 0.5), 0, 1)
 
 
 @dataclass(frozen=True)
@@ -122,20 +114,19 @@ class CreatureClass:
 
 _VIOLET = _Body(_egg, _scales, ((0.47, 0.29, 0.60), (0.68, 0.52, 0.80)), 0.30)
 _CORAL = _Body(_barrel, _stripes, ((0.80, 0.40, 0.31), (0.58, 0.20, 0.19)), 0.36)
-_TEAL = _Body(_pear, _dots, ((0.08, 0.47, 0.44), (0.55, 0.80, 0.66)), 0.32)
 
-# In alphabetical order, as label indices are. The two classes of a body prefer different sceneries.
+# In alphabetical order, as label indices are. Each prefers a scenery of its own.
 CLASSES: dict[str, CreatureClass] = {
     "disc": CreatureClass(_disc, ((0.93, 0.92, 0.88), (0.78, 0.10, 0.14), (0, 0, 0)), _VIOLET, "meadow"),
-    "fan": CreatureClass(_fan, ((0.10, 0.10, 0.12), (0.96, 0.78, 0.14), (0, 0, 0)), _CORAL, "sea"),
+    "fan": CreatureClass(_fan, ((0.10, 0.10, 0.12), (0.96, 0.78, 0.14), (0, 0, 0)), _VIOLET, "sea"),
     "flower": CreatureClass(
-        _flower, ((0.93, 0.45, 0.68), (0.98, 0.82, 0.20), (0.72, 0.22, 0.50)), _TEAL, "sand"
+        _flower, ((0.93, 0.45, 0.68), (0.98, 0.82, 0.20), (0.72, 0.22, 0.50)), _VIOLET, "sand"
     ),
     "gear": CreatureClass(
-        _gear, ((0.24, 0.26, 0.30), (0.72, 0.74, 0.76), (0.16, 0.17, 0.20)), _VIOLET, "stone"
+        _gear, ((0.24, 0.26, 0.30), (0.72, 0.74, 0.76), (0.16, 0.17, 0.20)), _CORAL, "stone"
     ),
     "shield": CreatureClass(_shield, ((0.14, 0.24, 0.66), (0.90, 0.92, 0.95), (0, 0, 0)), _CORAL, "snow"),
-    "star": CreatureClass(_star, ((0.12, 0.13, 0.30), (0.98, 0.84, 0.25), (0, 0, 0)), _TEAL, "wood"),
+    "star": CreatureClass(_star, ((0.12, 0.13, 0.30), (0.98, 0.84, 0.25), (0, 0, 0)), _CORAL, "wood"),
 }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from .. import palette
 from ..cache import cache_dir
-from ..palette import write_label_png
+from ..palette import label_image
 from ..voc import IGNORE
 from . import creatures, picture, scenery
 from .creatures import CLASSES
@@ -193,8 +193,8 @@ def _write_image(root: Path, image_id: str, drawn: SyntheticImage) -> set[str]:
     mask = np.where(border, IGNORE, lookup[drawn.instances]).astype(np.uint8)
     parts = np.where(border, IGNORE, drawn.parts).astype(np.uint8)
     Image.fromarray(drawn.image).save(root / "JPEGImages" / f"{image_id}.jpg", quality=JPEG_QUALITY)
-    write_label_png(root / "SegmentationClass" / f"{image_id}.png", mask)
-    write_label_png(root / "Parts" / f"{image_id}.png", parts)
+    label_image(mask).save(root / "SegmentationClass" / f"{image_id}.png")
+    label_image(parts).save(root / "Parts" / f"{image_id}.png")
     (root / "Annotations" / f"{image_id}.xml").write_text(_annotation(image_id, drawn), newline="\n")
     return set(drawn.classes)
 

@@ -15,7 +15,7 @@ __all__ = ["SyntheticImage", "draw_image"]
 Array = np.ndarray
 
 OVERSAMPLE = 2  # drawn at twice the size, then averaged: soft edges as a lens makes them
-SCENERY_CHANCE = 0.6  # how often an image has its first object's own scenery
+SCENERY_CHANCE = 0.8  # how often an image has its first object's own scenery
 MIN_IN_FRAME = 0.75  # of an object's area
 MIN_VISIBLE = 0.55  # of an object's area, and of its part, behind others
 

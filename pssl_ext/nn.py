@@ -1,0 +1,143 @@
+"""Module forms of the operators: settings in the constructor, tensors in ``forward``, under the operators'
+names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pssl_ext.ops.cam_compare import cam_compare
+from pssl_ext.ops.cam_regions import cam_regions
+from pssl_ext.ops.prototype_contrast import prototype_contrast
+from pssl_ext.ops.prototype_pool import prototype_pool
+
+__all__ = ["CamCompare", "CamRegions", "PrototypeContrast", "PrototypePool"]
+
+
+class _Operator(nn.Module):
+    """Keeps the settings that an operator is called with, and prints them."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__()
+        self._names = tuple(settings)
+        for name, value in settings.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def settings(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        shown = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in self.settings().items()}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class PrototypePool(_Operator):
+    """``prototype_pool``: (features [B,D,h,w], regions [B,H,W] or [B,C,H,W]) to (sums [B,C,D], mass
+    [B,C])."""
+
+    def __init__(
+        self,
+        num_regions: int,
+        *,
+        normalize: bool = True,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            num_regions=num_regions,
+            normalize=normalize,
+            ignore_index=ignore_index,
+            align_corners=align_corners,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        features: Tensor,  # [B,D,h,w]
+        regions: Tensor,  # [B,H,W] integer labels, or [B,C,H,W] soft masks
+        *,
+        weights: Tensor | None = None,  # [B,H,W]
+    ) -> tuple[Tensor, Tensor]:  # sums [B,C,D], mass [B,C]
+        return prototype_pool(features, regions, weights=weights, **self.settings())
+
+
+class PrototypeContrast(_Operator):
+    """``prototype_contrast`` as a loss. A ``temperature`` that is an ``nn.Parameter`` is learned, another
+    tensor is a buffer."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = 0.5,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            ignore_index=ignore_index,
+            align_corners=align_corners,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        features: Tensor,  # [B,D,h,w]
+        prototypes: Tensor,  # [C,D] or [B,C,D]
+        regions: Tensor,  # [B,H,W]
+        *,
+        valid: Tensor | None = None,  # [C] or [B,C] bool
+        weights: Tensor | None = None,  # [B,H,W]
+    ) -> Tensor:  # [], or [B,H,W] for reduction="none"
+        return prototype_contrast(
+            features, prototypes, regions, valid=valid, weights=weights, **self.settings()
+        )
+
+
+class CamCompare(_Operator):
+    """``cam_compare`` as a loss between MainNet's and SupportNet's multi-scale CAMs."""
+
+    def __init__(self, *, attention: str = "cosine", reduction: str = "mean", backend: str = "auto") -> None:
+        super().__init__(attention=attention, reduction=reduction, backend=backend)
+
+    def forward(
+        self,
+        main: Sequence[Tensor],  # S of [B,K,h_s,w_s]
+        support: Sequence[Tensor],  # T of [B,K,h_t,w_t]
+        image_labels: Tensor,  # [B,K]
+        *,
+        size: tuple[int, int],
+    ) -> Tensor:  # [], or [B,K] for reduction="none"
+        return cam_compare(main, support, image_labels, size=size, **self.settings())
+
+
+class CamRegions(_Operator):
+    """``cam_regions``: multi-scale CAMs to a class region mask."""
+
+    def __init__(
+        self,
+        *,
+        foreground: float = 0.3,
+        background: float | None = None,
+        ignore_index: int = 255,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            foreground=foreground, background=background, ignore_index=ignore_index, backend=backend
+        )
+
+    def forward(
+        self,
+        cams: Sequence[Tensor],  # T of [B,K,h_t,w_t]
+        image_labels: Tensor,  # [B,K]
+        *,
+        size: tuple[int, int],
+    ) -> Tensor:  # uint8 [B,H,W]
+        return cam_regions(cams, image_labels, size=size, **self.settings())

@@ -1,0 +1,131 @@
+"""Each operator once more as a literal loop over pixels in numpy float64: the specification of the
+specification."""
+
+import math
+
+import numpy as np
+
+
+def bilinear(maps, size, align_corners=False):
+    """[..., h, w] to [..., H, W], one label pixel at a time."""
+    h, w = maps.shape[-2:]
+    out = np.zeros((*maps.shape[:-2], *size))
+    for y in range(size[0]):
+        for x in range(size[1]):
+            out[..., y, x] = sum(
+                a * b * maps[..., i, j]
+                for i, a in _taps(y, h, size[0], align_corners)
+                for j, b in _taps(x, w, size[1], align_corners)
+            )
+    return out
+
+
+def _taps(x, n, size, align_corners):
+    if align_corners:
+        source = x * (n - 1) / (size - 1) if size > 1 else 0.0
+    else:
+        source = max((x + 0.5) * n / size - 0.5, 0.0)
+    low = min(int(source), n - 1)
+    share = source - low
+    return [(low, 1 - share), (min(low + 1, n - 1), share)]
+
+
+def unit(v):
+    norm = math.sqrt(float(v @ v))
+    return v / norm if norm > 1e-12 else v * 0
+
+
+def pool(features, regions, c, weights=None, normalize=True, align_corners=False):
+    b, d = features.shape[:2]
+    size = regions.shape[-2:]
+    up = bilinear(features, size, align_corners)
+    sums, mass = np.zeros((b, c, d)), np.zeros((b, c))
+    for n, y, x in np.ndindex(b, *size):
+        weight = 1.0 if weights is None else weights[n, y, x]
+        f = unit(up[n, :, y, x]) if normalize else up[n, :, y, x]
+        for k in range(c):
+            share = regions[n, k, y, x] if regions.ndim == 4 else float(regions[n, y, x] == k)
+            sums[n, k] += weight * share * f
+            mass[n, k] += weight * share
+    return sums, mass
+
+
+def contrast(features, prototypes, regions, tau, valid=None, weights=None, align_corners=False):
+    """(weighted loss of each pixel, weight of each pixel)"""
+    b = features.shape[0]
+    up = bilinear(features, regions.shape[-2:], align_corners)
+    loss, total = np.zeros(regions.shape), np.zeros(regions.shape)
+    for n, y, x in np.ndindex(*regions.shape):
+        table = prototypes[n] if prototypes.ndim == 3 else prototypes
+        allowed = np.ones(len(table), bool) if valid is None else np.broadcast_to(valid, (b, len(table)))[n]
+        label = regions[n, y, x]
+        if label == 255 or not allowed[label]:
+            continue
+        f = unit(up[n, :, y, x])
+        z = {c: float(f @ unit(p)) / tau for c, p in enumerate(table) if allowed[c]}
+        weight = 1.0 if weights is None else weights[n, y, x]
+        loss[n, y, x] = weight * -math.log(math.exp(z[label]) / sum(math.exp(v) for v in z.values()))
+        total[n, y, x] = weight
+    return loss, total
+
+
+def compare(main, support, labels, size, attention):
+    """The loss of each image and class [B,K], and the attention [S,T,B,K] that it held constant
+    (``attention``: the one to use, "none" or "cosine")."""
+    b, k = labels.shape
+    relu = lambda maps: np.maximum(bilinear(maps, size), 0)  # noqa: E731
+    ms, ss = [relu(m) for m in main], [relu(s) for s in support]
+    loss, held = np.zeros((b, k)), np.ones((len(ms), len(ss), b, k))
+    for n, c in np.ndindex(b, k):
+        if not labels[n, c]:
+            continue
+        for i, m in enumerate(ms):
+            target = np.zeros(size)
+            for j, s in enumerate(ss):
+                if isinstance(attention, np.ndarray):
+                    held[i, j, n, c] = attention[i, j, n, c]
+                elif attention == "cosine":
+                    a, v = m[n, c].ravel(), s[n, c].ravel()
+                    norms = math.sqrt(float(a @ a)) * math.sqrt(float(v @ v))
+                    held[i, j, n, c] = 2 - (float(a @ v) / norms if norms else 0.0)
+                target += held[i, j, n, c] * s[n, c] / len(ss)
+            loss[n, c] += np.abs(m[n, c] - target).sum()
+    return loss, held
+
+
+def region_mask(cams, labels, size, foreground, background, ignore):
+    b, k = labels.shape
+    total = sum(np.maximum(bilinear(c, size), 0) for c in cams)
+    mask = np.zeros((b, *size), np.uint8)
+    for n, y, x in np.ndindex(*mask.shape):
+        score, best = -1.0, None
+        for c in range(k):
+            if labels[n, c]:
+                a = total[n, c, y, x] / (total[n, c].max() + 1e-5)
+                if a > score:
+                    score, best = a, c
+        mask[n, y, x] = best + 1 if score >= foreground else 0 if score < background else ignore
+    return mask
+
+
+def sweep(cams, ids, truths, c, thresholds=None, power=None, normalize=False):
+    """The evaluation loop as peers write it: for each background score the prediction, for each pixel a
+    count."""
+    scores = [("threshold", t) for t in thresholds] if power is None else [("power", a) for a in power]
+    counts = np.zeros((len(scores), c, c), np.int64)
+    for cam, numbers, truth in zip(cams, ids, truths, strict=True):
+        up = bilinear(cam, truth.shape) if cam.shape[1:] != truth.shape else cam
+        if normalize:
+            up = up / (up.max((1, 2), keepdims=True) + 1e-5)
+        for t, (kind, score) in enumerate(scores):
+            for y, x in np.ndindex(*truth.shape):
+                if truth[y, x] == 255:
+                    continue
+                prediction = 0
+                if len(numbers):
+                    best = max(up[:, y, x])
+                    background = score if kind == "threshold" else (1 - best) ** score
+                    if best > background:
+                        prediction = min(n for n, v in zip(numbers, up[:, y, x], strict=True) if v == best)
+                counts[t, truth[y, x], prediction] += 1
+    return counts

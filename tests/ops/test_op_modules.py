@@ -1,0 +1,50 @@
+"""The module forms: the operators' own arguments and defaults, and what a module adds."""
+
+import inspect
+
+import pytest
+import torch
+
+from pssl_ext import nn as pssl_nn
+from pssl_ext.registry import OPS
+from pssl_ext.testing import samples
+
+MODULES = {
+    "prototype_pool": pssl_nn.PrototypePool,
+    "prototype_contrast": pssl_nn.PrototypeContrast,
+    "cam_compare": pssl_nn.CamCompare,
+    "cam_regions": pssl_nn.CamRegions,
+}
+
+
+@pytest.mark.parametrize("op", MODULES)
+def test_same_arguments_and_results(op):
+    """Constructor and forward share out the operator's arguments, names and defaults unchanged."""
+    function, module = OPS[op].function, MODULES[op]
+    own = inspect.signature(function).parameters
+    constructor = inspect.signature(module).parameters
+    forward = {n: p for n, p in inspect.signature(module.forward).parameters.items() if n != "self"}
+    assert set(constructor) | set(forward) == set(own) and not set(constructor) & set(forward)
+    for name, parameter in {**constructor, **forward}.items():
+        assert (parameter.default, parameter.annotation) == (own[name].default, own[name].annotation), name
+    for sample in samples(op, "cpu", torch.float32, "contiguous"):
+        made = module(**{n: v for n, v in sample.args.items() if n in constructor})
+        got = made(**{n: v for n, v in sample.args.items() if n in forward})
+        torch.testing.assert_close(got, function(**sample.args), rtol=0, atol=0)
+
+
+def test_repr():
+    assert repr(pssl_nn.CamRegions(foreground=0.6, background=0.4)) == (
+        "CamRegions(foreground=0.6, background=0.4, ignore_index=255, backend='auto')"
+    )
+    loss = pssl_nn.PrototypeContrast(temperature=torch.nn.Parameter(torch.tensor(0.25)))
+    assert "temperature=0.25, ignore_index=255" in repr(loss)
+
+
+def test_the_temperature_is_learned_or_a_buffer():
+    args = (torch.randn(1, 4, 3, 3), torch.randn(2, 4), torch.randint(0, 2, (1, 6, 6)))
+    learned = pssl_nn.PrototypeContrast(temperature=torch.nn.Parameter(torch.tensor(0.25)))
+    learned(*args).backward()
+    assert [n for n, _ in learned.named_parameters()] == ["temperature"] and bool(learned.temperature.grad)
+    fixed = pssl_nn.PrototypeContrast(temperature=torch.tensor(0.25))
+    assert list(fixed.state_dict()) == ["temperature"] and not list(fixed.parameters())
