@@ -162,6 +162,11 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
         nets[arm] = net
         begin = time.perf_counter()
         readouts = score(experiment, arm, net, prototypes)
+        for readout, scores in readouts.items():
+            figures = ", ".join(f"{role} {scores[role]['miou']:.1f}" for role in scores)
+            experiment.log.say(
+                f"{arm}, {readout}: mIoU {figures} at threshold {scores['val']['threshold']:.2f}"
+            )
         arms[arm] = {
             "readouts": readouts,
             "steps_after_stage_1": 0 if arm == "classifier" else stage.steps,

@@ -90,7 +90,7 @@ def build_inputs(
     device = next(net.parameters()).device
     if not net.frozen:
         return ImageInputs(ids, images, labels, net.backbone.normalise, data.zoom, device)
-    net.eval()
+    backbone = net.backbone.folded().to(memory_format=torch.channels_last)
     made_from = {"backbone": model.backbone, "weights": file_digest(weights_path(model))}
     with log.progress("backbone activations", len(ids)) as bar:
         done = 0
@@ -103,7 +103,7 @@ def build_inputs(
         def compute():
             root = cache_dir() / "activations"
             return cached_activations(
-                root, images, net.backbone, scales, description=made_from, on_batch=on_batch
+                root, images, backbone, scales, description=made_from, on_batch=on_batch
             )
 
         if not is_first():

@@ -1,14 +1,17 @@
 """Backbones: from images to activations on a coarse grid.
 
-A backbone is a module with `channels` (of its output), `stride` (of its grid) and `normalise(images)`, which takes
-RGB in 0..1 to the range its weights expect.
+A backbone is a module with `channels` (of its output), `stride` (of its grid), `normalise(images)`, which takes RGB in
+0..1 to the range its weights expect, and `folded()`, a quicker copy for inference.
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class SmallBackbone(nn.Module):
@@ -37,6 +40,14 @@ class SmallBackbone(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:  # [B,3,H,W] in 0..1
         """Colours to about zero mean and unit spread."""
         return (images - 0.5) * 4.0
+
+    def folded(self) -> SmallBackbone:
+        """A copy for inference, each batch norm folded into its convolution: the same function."""
+        twin = copy.deepcopy(self).eval()
+        for index in range(0, len(twin.layers), 3):
+            twin.layers[index] = fuse_conv_bn_eval(twin.layers[index], twin.layers[index + 1])
+            twin.layers[index + 1] = nn.Identity()
+        return twin
 
     def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W]
         """Activations [B,channels,ceil(H/4),ceil(W/4)], not negative."""
@@ -133,6 +144,17 @@ class EfficientNetLite0(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:  # [B,3,H,W] in 0..1
         """(x - 127) / 128 with x in 0..255: what the weights were trained with."""
         return (images * 255.0 - 127.0) / 128.0
+
+    def folded(self) -> EfficientNetLite0:
+        """A copy for inference, each batch norm folded into its convolution: the same function, a fifth quicker."""
+        twin = copy.deepcopy(self).eval()
+        twin._conv_stem, twin._bn0 = fuse_conv_bn_eval(twin._conv_stem, twin._bn0), nn.Identity()
+        for block in twin._blocks:
+            pairs = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
+            for conv, norm in pairs if block.expands else pairs[1:]:
+                setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
+        return twin
 
     def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W]
         """Activations [B,432,ceil(H/16),ceil(W/16)]: stages 5 and 7, one after the other, of either sign."""

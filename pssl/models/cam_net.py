@@ -122,7 +122,7 @@ class CamNet(nn.Module):
 def build_cam_net(
     name: str, classes: int, *, dim: int, width: int = 64, logit_scale: float = 1.0, frozen: bool = False
 ) -> CamNet:
-    """A :class:`CamNet` on the backbone of that name. Frozen EfficientNet activations are standardised."""
+    """A :class:`CamNet` on the backbone of that name. Activations of a frozen backbone are standardised."""
     backbone = build_backbone(name, width)
     standardise = frozen
     return CamNet(backbone, classes, dim, logit_scale=logit_scale, standardise=standardise, frozen=frozen)
