@@ -29,9 +29,8 @@ def load_native() -> None:
     try:
         importlib.import_module("pssl_ext._C")
     except ImportError as error:
-        if "PSSL_SIMD" in str(
-            error
-        ):  # a setting that cannot be followed is the user's to mend, not to pass over
+        # a setting that cannot be followed is the user's to mend, not to pass over
+        if "PSSL_SIMD" in str(error):
             raise
         load_error = str(error)
         warnings.warn(
