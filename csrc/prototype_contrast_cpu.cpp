@@ -30,21 +30,26 @@ struct Problem {
   int64_t W() const { return regions.size(2); }
   int64_t C() const { return prototypes.size(prototypes.dim() - 2); }
   bool same_grid() const { return H() == features.size(2) && W() == features.size(3); }
-  bool is_flat() const { return is_flat_map(features) && is_flat_map(regions) && (!weights || is_flat_map(*weights)); }
+  bool is_flat() const {
+    return is_flat_map(features) && is_flat_map(regions) && (!weights || is_flat_map(*weights));
+  }
   // Whether each image has class vectors of its own.
   bool per_image() const { return prototypes.dim() == 3 || (valid && valid->dim() == 2); }
   void check() const {
     const int64_t B = features.size(0), n = prototypes.dim();
     STD_TORCH_CHECK(features.dim() == 4, kOp, ": features must be [B,D,h,w]");
-    STD_TORCH_CHECK((n == 2 || (n == 3 && prototypes.size(0) == B)) && C() >= 1 && prototypes.size(n - 1) == features.size(1),
+    STD_TORCH_CHECK((n == 2 || (n == 3 && prototypes.size(0) == B)) && C() >= 1 &&
+                        prototypes.size(n - 1) == features.size(1),
                     kOp, ": prototypes must be [C,D] or [B,C,D]");
     STD_TORCH_CHECK(regions.dim() == 3 && regions.size(0) == B, kOp, ": regions must be [B,H,W]");
     STD_TORCH_CHECK(!valid || (valid->size(valid->dim() - 1) == C() &&
                                (valid->dim() == 1 || (valid->dim() == 2 && valid->size(0) == B))),
                     kOp, ": valid must be [C] or [B,C]");
     STD_TORCH_CHECK(!weights || (weights->dim() == 3 && weights->size(0) == B && weights->size(1) == H() &&
-                                 weights->size(2) == W()), kOp, ": weights must be [B,H,W]");
-    STD_TORCH_CHECK(features.size(2) * features.size(3) > 0 || B * H() * W() == 0, kOp, ": features have no cells");
+                                 weights->size(2) == W()),
+                    kOp, ": weights must be [B,H,W]");
+    STD_TORCH_CHECK(features.size(2) * features.size(3) > 0 || B * H() * W() == 0, kOp,
+                    ": features have no cells");
   }
 };
 
@@ -58,15 +63,21 @@ struct ClassVectors {
   std::vector<double> norm;  // [rows], 0 where the prototype counts as zero
 
   explicit ClassVectors(const Problem& p)
-      : n(p.per_image() ? p.features.size(0) : 1), C(p.C()), D(p.features.size(1)), cp(round_up(C, kLanes<T>)),
-        q(n * D * cp, true), bias(n * cp), mask(n * cp, true) {
+      : n(p.per_image() ? p.features.size(0) : 1),
+        C(p.C()),
+        D(p.features.size(1)),
+        cp(round_up(C, kLanes<T>)),
+        q(n * D * cp, true),
+        bias(n * cp),
+        mask(n * cp, true) {
     std::fill_n(bias.get(), n * cp, T(-1e30));
     const bool own = p.prototypes.dim() == 3;
     const int64_t last = p.prototypes.dim() - 1;
     unit.resize((own ? n : 1) * C * D), norm.resize((own ? n : 1) * C);
     for (int64_t row = 0; row < int64_t(norm.size()); ++row) {
       T* u = &unit[row * D];
-      const int64_t offset = (own ? row / C * p.prototypes.stride(0) : 0) + row % C * p.prototypes.stride(last - 1);
+      const int64_t offset =
+          (own ? row / C * p.prototypes.stride(0) : 0) + row % C * p.prototypes.stride(last - 1);
       read_elements(p.prototypes, offset, p.prototypes.stride(last), D, u);
       double squared = 0;
       for (int64_t d = 0; d < D; ++d) squared += double(u[d]) * double(u[d]);
@@ -89,6 +100,8 @@ struct ClassVectors {
       }
   }
   int64_t image(int64_t b) const { return n == 1 ? 0 : b; }
+  const T* bias_of(int64_t b) const { return &bias[image(b) * cp]; }
+  const T* mask_of(int64_t b) const { return &mask[image(b) * cp]; }
   const T* vectors(int64_t b) const { return &q[image(b) * D * cp]; }
   bool is_valid(int64_t b, int64_t c) const { return mask[image(b) * cp + c] != T(0); }
 };
@@ -98,7 +111,10 @@ template <class T>
 class Pixels {
  public:
   Pixels(const Problem& p, const ClassVectors<T>& classes, LabelCheck& check)
-      : regions_{&p.regions}, weights_{p.weights ? &*p.weights : nullptr}, classes_(classes), ignore_(p.ignore_index),
+      : regions_{&p.regions},
+        weights_{p.weights ? &*p.weights : nullptr},
+        classes_(classes),
+        ignore_(p.ignore_index),
         check_(check) {}
 
   void read(int64_t b, int64_t y, int64_t x, int64_t n) {
@@ -127,40 +143,64 @@ class Pixels {
 };
 
 // The softmax of one pixel. On entry z holds <F, q_c>, on return exp(logit_c - maximum); `logits` the logits.
-template <class T>
+template <class T, class Columns>
 struct PixelSoftmax {
-  T sum, maximum, own;
+  Columns columns;
+  T sum, rest;  // loss = log(sum) + rest
 
-  PixelSoftmax(T* z, T* logits, T inverse, const T* bias, const T* mask, int64_t cp, int64_t label) {
+  PixelSoftmax(Columns columns, T* z, T* logits, T inverse, const T* bias, const T* mask, int64_t label)
+      : columns(columns) {
     Vec<T> largest = splat<T>(T(-2e30));
-    for (int64_t c = 0; c < cp; c += kLanes<T>) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
       const Vec<T> v = load<T>(z + c) * inverse + load<T>(bias + c);
       store<T>(logits + c, v);
       largest = larger<T>(largest, v);
     }
-    maximum = lane_max<T>(largest);
+    const T maximum = lane_max<T>(largest);
     Vec<T> total = {};
-    for (int64_t c = 0; c < cp; c += kLanes<T>) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
       const Vec<T> e = exp_nonpositive<T>(load<T>(logits + c) - maximum) * load<T>(mask + c);
       store<T>(z + c, e);
       total += e;
     }
     sum = lane_sum<T>(total);
-    own = logits[label];
+    rest = maximum - logits[label];
   }
-  T loss() const { return std::log(sum) + (maximum - own); }
 
   // Turns z into g[c] = a (softmax_c - [c = label]) u; returns the gradient of |F|^2.
-  T backward(T* z, const T* logits, T inverse, T a, int64_t label, int64_t cp) const {
+  T backward(T* z, const T* logits, T inverse, T a, int64_t label) const {
     z[label] -= sum;  // before scaling, so that a softmax of 1 gives exactly 0
     const T scale = a / sum;
     Vec<T> products = {};
-    for (int64_t c = 0; c < cp; c += kLanes<T>) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
       const Vec<T> r = load<T>(z + c) * scale;
       products += r * load<T>(logits + c);
       store<T>(z + c, r * inverse);
     }
     return squared_norm_gradient(inverse, lane_sum<T>(products));
+  }
+};
+
+// The losses of a run of pixels: their softmax pixel by pixel, the logarithm for all at once.
+template <class T>
+struct RunLosses {
+  Buffer<T> sum, rest;  // a pixel that does not count: 1 and 0
+  explicit RunLosses(int64_t n) : sum(round_up(n, kLanes<T>)), rest(round_up(n, kLanes<T>)) {}
+
+  void clear(int64_t n) {
+    std::fill_n(sum.get(), round_up(n, kLanes<T>), T(1));
+    std::fill_n(rest.get(), round_up(n, kLanes<T>), T(0));
+  }
+  template <class Softmax>
+  void set(int64_t i, const Softmax& softmax) {
+    sum[i] = softmax.sum;
+    rest[i] = softmax.rest;
+  }
+  // out[i] = factor[i] loss[i] + offset where pixel i counts, else 0
+  void write(int64_t n, const int64_t* labels, const T* factor, T offset, T* out) {
+    for (int64_t i = 0; i < n; i += kLanes<T>)
+      store<T>(&sum[i], log_positive<T>(load<T>(&sum[i])) + load<T>(&rest[i]));
+    for (int64_t i = 0; i < n; ++i) out[i] = labels[i] < 0 ? T(0) : factor[i] * sum[i] + offset;
   }
 };
 
@@ -176,28 +216,28 @@ std::tuple<Tensor, Tensor> contrast(const Problem& p) {
   LabelCheck check;
   Buffer<double> counted;
   int64_t parts = 0;
-  auto pixel = [&](T* z, T* logits, T inverse, int64_t b, int64_t label) {
-    const int64_t i = classes.image(b) * cp;
-    return PixelSoftmax<T>(z, logits, inverse, &classes.bias[i], &classes.mask[i], cp, label);
-  };
   if (p.same_grid()) {
     if (p.is_flat()) f = f.flat();
     counted.reset(parts = f.B * tile_count<T>(f), true);
     const int64_t tile = tile_pixels(f.D, sizeof(T));
     tile_pass<T>(f, cp, false, [&] {
-      return [&, pixels = Pixels<T>(p, classes, check), z = Buffer<T>(tile * cp), logits = Buffer<T>(cp),
-              squares = Buffer<T>(round_up(tile, kLanes<T>))](Tile<T>& t) mutable {
+      return [&, pixels = Pixels<T>(p, classes, check), z = Buffer<T>(tile * cp), squares = Buffer<T>(tile),
+              losses = RunLosses<T>(tile)](Tile<T>& t) mutable {
         pixels.read(t.b, t.y, t.x, t.n);
         tile_squares(t.f, t.ld, round_up(t.n, kLanes<T>), f.D, squares.get());
         tile_dots(t.f, t.ld, round_up(t.n, kPixelBlock), f.D, vectors(t.b), cp, z.get());
-        T* o = out + (t.b * H + t.y) * W + t.x;
-        for (int64_t i = 0; i < t.n; ++i) {
-          o[i] = T(0);
-          if (pixels.labels[i] < 0) continue;
-          const auto softmax = pixel(&z[i * cp], logits.get(), inverse_norm(squares[i], eps), t.b, pixels.labels[i]);
-          o[i] = pixels.weights[i] * softmax.loss();
-          counted[t.index] += double(pixels.weights[i]);
-        }
+        losses.clear(t.n);
+        with_columns<T>(cp, [&](auto columns) {
+          PixelScratch<T, decltype(columns)> logits(columns);
+          for (int64_t i = 0; i < t.n; ++i) {
+            if (pixels.labels[i] < 0) continue;
+            losses.set(i, PixelSoftmax<T, decltype(columns)>(
+                              columns, &z[i * cp], logits.get(), inverse_norm(squares[i], eps),
+                              classes.bias_of(t.b), classes.mask_of(t.b), pixels.labels[i]));
+            counted[t.index] += double(pixels.weights[i]);
+          }
+        });
+        losses.write(t.n, pixels.labels.get(), pixels.weights.get(), T(0), out + (t.b * H + t.y) * W + t.x);
       };
     });
   } else {
@@ -207,21 +247,27 @@ std::tuple<Tensor, Tensor> contrast(const Problem& p) {
     torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
       RowBlend<T> blend(f.w, cp);
       Pixels<T> pixels(p, classes, check);
-      Buffer<T> inverse(W), z(cp), logits(cp);
+      RunLosses<T> losses(W);
+      Buffer<T> inverse(W);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / f.h, y0 = task % f.h;
         for (int64_t y = ys.begin[y0]; y < ys.begin[y0 + 1]; ++y) {
           pixels.read(b, y, 0, W);
           blend.blend(maps, b, y0, ys.fraction[y]);
           blend.inverse_norms(xs, eps, inverse.get());
-          T* o = out + (b * H + y) * W;
-          for (int64_t x = 0; x < W; ++x) {
-            o[x] = T(0);
-            if (pixels.labels[x] < 0) continue;
-            blend.at(xs, x, z.get());
-            o[x] = pixels.weights[x] * pixel(z.get(), logits.get(), inverse[x], b, pixels.labels[x]).loss();
-            counted[task] += double(pixels.weights[x]);
-          }
+          losses.clear(W);
+          with_columns<T>(cp, [&](auto columns) {
+            PixelScratch<T, decltype(columns)> z(columns), logits(columns);
+            for (int64_t x = 0; x < W; ++x) {
+              if (pixels.labels[x] < 0) continue;
+              blend.at(xs, x, columns, z.get());
+              losses.set(x, PixelSoftmax<T, decltype(columns)>(columns, z.get(), logits.get(), inverse[x],
+                                                               classes.bias_of(b), classes.mask_of(b),
+                                                               pixels.labels[x]));
+              counted[task] += double(pixels.weights[x]);
+            }
+          });
+          losses.write(W, pixels.labels.get(), pixels.weights.get(), T(0), out + (b * H + y) * W);
         }
       }
     });
@@ -236,8 +282,8 @@ std::tuple<Tensor, Tensor> contrast(const Problem& p) {
 // From the class sums of the gradients, [B][D][cp] = d loss / d q, to the prototypes and the temperature:
 // q = p̂/τ, dp = (dq - p̂ <p̂,dq>) / (|p| τ), dτ = -<p̂,dq> / τ².
 template <class T>
-void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& classes, const Problem& p, T* d_prototypes,
-                     double* d_temperature) {
+void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& classes, const Problem& p,
+                     T* d_prototypes, double* d_temperature) {
   const int64_t C = classes.C, D = classes.D, rows = int64_t(classes.norm.size());
   *d_temperature = 0;
   std::vector<double> dq(D);
@@ -256,14 +302,16 @@ void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& cl
     for (int64_t d = 0; d < D && used; ++d) along += double(u[d]) * dq[d];
     if (used) *d_temperature -= along / (p.temperature * p.temperature);
     const double scale = used && classes.norm[row] > 0 ? 1 / (classes.norm[row] * p.temperature) : 0;
-    for (int64_t d = 0; d < D; ++d) d_prototypes[row * D + d] = scale == 0 ? T(0) : T(scale * (dq[d] - double(u[d]) * along));
+    for (int64_t d = 0; d < D; ++d)
+      d_prototypes[row * D + d] = scale == 0 ? T(0) : T(scale * (dq[d] - double(u[d]) * along));
   }
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional<Tensor>& grad_loss,
-                                                             const std::optional<Tensor>& grad_total, const Problem& p,
-                                                             const Tensor& temperature, const std::vector<bool>& needs) {
+                                                             const std::optional<Tensor>& grad_total,
+                                                             const Problem& p, const Tensor& temperature,
+                                                             const std::vector<bool>& needs) {
   auto f = FeatureView::of(p.features);
   const ClassVectors<T> classes(p);
   const int64_t cp = classes.cp, C = classes.C, H = p.H(), W = p.W();
@@ -283,39 +331,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
       std::fill_n(g, n, T(0));
     }
   };
-  // The gradients of one pixel: of the products, in z, of the weight, and, returned, of |F|^2.
-  auto pixel = [&](T* z, T* logits, T inverse, int64_t b, int64_t label, T gradient, T weight, T* dw) {
-    const int64_t i = classes.image(b) * cp;
-    const PixelSoftmax<T> softmax(z, logits, inverse, &classes.bias[i], &classes.mask[i], cp, label);
-    if (dw) *dw = gradient * softmax.loss() + d_total;
-    return softmax.backward(z, logits, inverse, gradient * weight, label, cp);
+  // d loss / d weight of a run of pixels, where it is wanted
+  auto write_weights = [&](RunLosses<T>& losses, const Pixels<T>& pixels, const T* gradient, int64_t n,
+                           int64_t b, int64_t y, int64_t x) {
+    if (d_weight) losses.write(n, pixels.labels.get(), gradient, d_total, d_weight + (b * H + y) * W + x);
   };
   Buffer<T> sums;
   if (p.same_grid()) {
-    const bool flat = p.is_flat() && (!grad_loss || is_flat_map(*grad_loss)) && (!needs[0] || is_flat_map(grad_features));
+    const bool flat =
+        p.is_flat() && (!grad_loss || is_flat_map(*grad_loss)) && (!needs[0] || is_flat_map(grad_features));
     if (flat) f = f.flat(), out = out.flat();
     const int64_t tile = tile_pixels(f.D, sizeof(T)), ldg = round_up(tile, kLanes<T>);
     sums = tile_pass<T>(f, cp, class_sums, [&] {
-      return [&, pixels = Pixels<T>(p, classes, check), squares = Buffer<T>(ldg), logits = Buffer<T>(cp), gt = Buffer<T>(C * ldg),
-              norm = Buffer<T>(ldg), gradient = Buffer<T>(tile), result = Buffer<T>(f.D * tile_stride<T>(tile))](Tile<T>& t) mutable {
+      return [&, pixels = Pixels<T>(p, classes, check), squares = Buffer<T>(ldg), losses = RunLosses<T>(tile),
+              gt = Buffer<T>(C * ldg), norm = Buffer<T>(ldg), gradient = Buffer<T>(tile),
+              result = Buffer<T>(f.D * tile_stride<T>(tile))](Tile<T>& t) mutable {
         const int64_t padded = round_up(t.n, kLanes<T>);
         pixels.read(t.b, t.y, t.x, t.n);
         read_gradient(t.b, t.y, t.x, t.n, gradient.get());
         tile_squares(t.f, t.ld, padded, f.D, squares.get());
         tile_dots(t.f, t.ld, round_up(t.n, kPixelBlock), f.D, vectors(t.b), cp, t.g);
         std::fill_n(norm.get(), ldg, T(0));
-        for (int64_t i = 0; i < t.n; ++i) {
-          T* z = t.g + i * cp;
-          T* dw = d_weight ? d_weight + (t.b * H + t.y) * W + t.x + i : nullptr;
-          if (pixels.labels[i] < 0) {
-            std::fill_n(z, cp, T(0));
-            if (dw) *dw = T(0);
-            continue;
+        losses.clear(t.n);
+        with_columns<T>(cp, [&](auto columns) {
+          PixelScratch<T, decltype(columns)> logits(columns);
+          for (int64_t i = 0; i < t.n; ++i) {
+            T* z = t.g + i * cp;
+            const int64_t label = pixels.labels[i];
+            if (label < 0) {
+              std::fill_n(z, cp, T(0));
+              continue;
+            }
+            t.active[t.count++] = int32_t(i);
+            const T inverse = inverse_norm(squares[i], eps);
+            const PixelSoftmax<T, decltype(columns)> softmax(
+                columns, z, logits.get(), inverse, classes.bias_of(t.b), classes.mask_of(t.b), label);
+            losses.set(i, softmax);
+            norm[i] =
+                T(2) * softmax.backward(z, logits.get(), inverse, gradient[i] * pixels.weights[i], label);
           }
-          t.active[t.count++] = int32_t(i);
-          norm[i] = T(2) * pixel(z, logits.get(), inverse_norm(squares[i], eps), t.b, pixels.labels[i], gradient[i],
-                                 pixels.weights[i], dw);
-        }
+        });
+        write_weights(losses, pixels, gradient.get(), t.n, t.b, t.y, t.x);
         if (!needs[0]) return;
         transpose_tile(t.g, cp, C, t.n, gt.get(), ldg);
         for (int64_t c = 0; c < C; ++c) std::fill(&gt[c * ldg + t.n], &gt[c * ldg + padded], T(0));
@@ -332,7 +388,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
       RowBlend<T> blend(f.w, cp);
       RowAdjoint<T> row(f.w, cp);
       Pixels<T> pixels(p, classes, check);
-      Buffer<T> inverse(W), gradient(W), z(cp), logits(cp);
+      RunLosses<T> losses(W);
+      Buffer<T> inverse(W), gradient(W);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / f.h, y0 = task % f.h;
         for (int64_t y = ys.begin[y0]; y < ys.begin[y0 + 1]; ++y) {
@@ -340,17 +397,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
           read_gradient(b, y, 0, W, gradient.get());
           blend.blend(maps, b, y0, ys.fraction[y]);
           blend.inverse_norms(xs, eps, inverse.get());
-          for (int64_t x = 0; x < W; ++x) {
-            T* dw = d_weight ? d_weight + (b * H + y) * W + x : nullptr;
-            if (pixels.labels[x] < 0) {
-              if (dw) *dw = T(0);
-              continue;
+          losses.clear(W);
+          with_columns<T>(cp, [&](auto columns) {
+            PixelScratch<T, decltype(columns)> z(columns), logits(columns);
+            for (int64_t x = 0; x < W; ++x) {
+              const int64_t label = pixels.labels[x];
+              if (label < 0) continue;
+              blend.at(xs, x, columns, z.get());
+              const PixelSoftmax<T, decltype(columns)> softmax(columns, z.get(), logits.get(), inverse[x],
+                                                               classes.bias_of(b), classes.mask_of(b), label);
+              losses.set(x, softmax);
+              const T a = gradient[x] * pixels.weights[x];
+              row.add_squared(xs, x, softmax.backward(z.get(), logits.get(), inverse[x], a, label));
+              row.add(xs, x, columns, z.get());
             }
-            blend.at(xs, x, z.get());
-            const T k = pixel(z.get(), logits.get(), inverse[x], b, pixels.labels[x], gradient[x], pixels.weights[x], dw);
-            row.add(xs, x, z.get());
-            row.add_squared(xs, x, k);
-          }
+          });
+          write_weights(losses, pixels, gradient.get(), W, b, y, 0);
           row.flush(adjoint, b, y0, ys.fraction[y]);
         }
       }
@@ -375,23 +437,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
   return {grad_features, grad_prototypes, grad_temperature, d_weights};
 }
 
-std::tuple<Tensor, Tensor> prototype_contrast_cpu(const Tensor& features, const Tensor& prototypes, const Tensor& regions,
-                                                  const Tensor& temperature, const std::optional<Tensor>& valid,
+std::tuple<Tensor, Tensor> prototype_contrast_cpu(const Tensor& features, const Tensor& prototypes,
+                                                  const Tensor& regions, const Tensor& temperature,
+                                                  const std::optional<Tensor>& valid,
                                                   const std::optional<Tensor>& weights, int64_t ignore_index,
                                                   bool align_corners, double eps) {
-  const Problem p{features, prototypes, regions, scalar_value(temperature), valid, weights, ignore_index, align_corners, eps};
+  const Problem p{features,     prototypes,    regions, scalar_value(temperature), valid, weights,
+                  ignore_index, align_corners, eps};
   p.check();
-  return with_accumulation({features.scalar_type(), prototypes.scalar_type()}, [&](auto zero) {
-    return contrast<decltype(zero)>(p);
-  });
+  return with_accumulation({features.scalar_type(), prototypes.scalar_type()},
+                           [&](auto zero) { return contrast<decltype(zero)>(p); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_contrast_backward_cpu(
     const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_total, const Tensor& features,
-    const Tensor& prototypes, const Tensor& regions, const Tensor& temperature, const std::optional<Tensor>& valid,
-    const std::optional<Tensor>& weights, int64_t ignore_index, bool align_corners, double eps,
-    const std::vector<bool>& needs) {
-  const Problem p{features, prototypes, regions, scalar_value(temperature), valid, weights, ignore_index, align_corners, eps};
+    const Tensor& prototypes, const Tensor& regions, const Tensor& temperature,
+    const std::optional<Tensor>& valid, const std::optional<Tensor>& weights, int64_t ignore_index,
+    bool align_corners, double eps, const std::vector<bool>& needs) {
+  const Problem p{features,     prototypes,    regions, scalar_value(temperature), valid, weights,
+                  ignore_index, align_corners, eps};
   p.check();
   return with_accumulation({features.scalar_type(), prototypes.scalar_type()}, [&](auto zero) {
     return contrast_backward<decltype(zero)>(grad_loss, grad_total, p, temperature, needs);

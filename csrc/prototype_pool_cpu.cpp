@@ -24,8 +24,13 @@ constexpr const char* kOp = "prototype_pool";
 template <class T>
 class Masks {
  public:
-  Masks(const Tensor& regions, const std::optional<Tensor>& weights, int64_t C, int64_t ignore_index, LabelCheck& check)
-      : regions_{&regions}, weights_{weights ? &*weights : nullptr}, C_(C), ignore_(ignore_index), check_(check) {}
+  Masks(const Tensor& regions, const std::optional<Tensor>& weights, int64_t C, int64_t ignore_index,
+        LabelCheck& check)
+      : regions_{&regions},
+        weights_{weights ? &*weights : nullptr},
+        C_(C),
+        ignore_(ignore_index),
+        check_(check) {}
 
   bool soft() const { return regions_.tensor->dim() == 4; }
 
@@ -85,15 +90,20 @@ struct Problem {
   int64_t H() const { return regions.size(regions.dim() - 2); }
   int64_t W() const { return regions.size(regions.dim() - 1); }
   bool same_grid() const { return H() == features.size(2) && W() == features.size(3); }
-  bool is_flat() const { return is_flat_map(features) && is_flat_map(regions) && (!weights || is_flat_map(*weights)); }
+  bool is_flat() const {
+    return is_flat_map(features) && is_flat_map(regions) && (!weights || is_flat_map(*weights));
+  }
   void check() const {
     const int64_t B = features.size(0);
     STD_TORCH_CHECK(features.dim() == 4, kOp, ": features must be [B,D,h,w]");
-    STD_TORCH_CHECK((regions.dim() == 3 || (regions.dim() == 4 && regions.size(1) == C)) && regions.size(0) == B && C >= 1,
+    STD_TORCH_CHECK((regions.dim() == 3 || (regions.dim() == 4 && regions.size(1) == C)) &&
+                        regions.size(0) == B && C >= 1,
                     kOp, ": regions must be [B,H,W] or soft masks [B,num_regions,H,W]");
     STD_TORCH_CHECK(!weights || (weights->dim() == 3 && weights->size(0) == B && weights->size(1) == H() &&
-                                 weights->size(2) == W()), kOp, ": weights must be [B,H,W]");
-    STD_TORCH_CHECK(features.size(2) * features.size(3) > 0 || B * H() * W() == 0, kOp, ": features have no cells");
+                                 weights->size(2) == W()),
+                    kOp, ": weights must be [B,H,W]");
+    STD_TORCH_CHECK(features.size(2) * features.size(3) > 0 || B * H() * W() == 0, kOp,
+                    ": features have no cells");
   }
 };
 
@@ -153,7 +163,8 @@ std::tuple<Tensor, Tensor> pool(const Problem& p) {
   }
   const Axis<T> ys(f.h, H, p.align_corners), xs(f.w, W, p.align_corners);
   auto no_vectors = [](int64_t) -> const T* { return nullptr; };
-  CellMaps<T> maps = p.normalize ? cell_maps<T>(f, 0, no_vectors, true) : CellMaps<T>{f.B, f.h, f.w, 0, Buffer<T>(), {}, false};
+  CellMaps<T> maps = p.normalize ? cell_maps<T>(f, 0, no_vectors, true)
+                                 : CellMaps<T>{f.B, f.h, f.w, 0, Buffer<T>(), {}, false};
   CellAdjoint<T> adjoint(f.B, f.h, f.w, cp);
   Buffer<double> masses(f.B * f.h * C, true);
   torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
@@ -193,7 +204,8 @@ struct MaskGradients {
 
   // t(c) = <F(x), grad_sums[c]> / |F(x)|
   template <class Product>
-  void write(const Masks<T>& masks, int64_t i, int64_t b, int64_t y, int64_t x, const T* grad_mass, const Product& t) const {
+  void write(const Masks<T>& masks, int64_t i, int64_t b, int64_t y, int64_t x, const T* grad_mass,
+             const Product& t) const {
     T sum = T(0);
     masks.each(i, [&](int64_t c, T m) {
       const T g = t(c) + (grad_mass ? grad_mass[b * C + c] : T(0));
@@ -205,8 +217,9 @@ struct MaskGradients {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& grad_sums, const std::optional<Tensor>& grad_mass,
-                                                 const Problem& p, const std::vector<bool>& needs) {
+std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& grad_sums,
+                                                 const std::optional<Tensor>& grad_mass, const Problem& p,
+                                                 const std::vector<bool>& needs) {
   auto f = FeatureView::of(p.features);
   const int64_t C = p.C, cp = round_up(C, kLanes<T>), H = p.H(), W = p.W();
   const T eps = T(p.eps);
@@ -220,10 +233,12 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& gr
   std::vector<T> line(C);
   for (int64_t b = 0; b < f.B && (grad_sums || grad_mass); ++b) {
     for (int64_t d = 0; d < f.D && grad_sums; ++d) {
-      read_elements(*grad_sums, b * grad_sums->stride(0) + d * grad_sums->stride(2), grad_sums->stride(1), C, line.data());
+      read_elements(*grad_sums, b * grad_sums->stride(0) + d * grad_sums->stride(2), grad_sums->stride(1), C,
+                    line.data());
       std::copy(line.begin(), line.end(), &q[(b * f.D + d) * cp]);
     }
-    if (grad_mass) read_elements(*grad_mass, b * grad_mass->stride(0), grad_mass->stride(1), C, &masses[b * C]);
+    if (grad_mass)
+      read_elements(*grad_mass, b * grad_mass->stride(0), grad_mass->stride(1), C, &masses[b * C]);
   }
   const T* d_mass = grad_mass ? masses.get() : nullptr;
   auto vectors = [&](int64_t b) { return &q[b * f.D * cp]; };
@@ -250,7 +265,8 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& gr
             s += m * masks.weights[i] * z[i * cp + c] * inverse;
           });
           if (p.normalize) norm[i] = T(2) * squared_norm_gradient(inverse, s);
-          written.write(masks, i, t.b, t.y, t.x + i, d_mass, [&](int64_t c) { return z[i * cp + c] * inverse; });
+          written.write(masks, i, t.b, t.y, t.x + i, d_mass,
+                        [&](int64_t c) { return z[i * cp + c] * inverse; });
         }
         if (!needs[0]) return;
         std::vector<Neighbour<T>> self;
@@ -278,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& gr
           for (int64_t x = 0; x < W; ++x) {
             const T u = inverse[x];
             T s = T(0);
-            if (masks.soft() || masks.labels[x] >= 0) blend.at(xs, x, z.get());
+            if (masks.soft() || masks.labels[x] >= 0) blend.at(xs, x, cp, z.get());
             masks.each(x, [&](int64_t c, T m) {
               row.add_one(xs, x, c, m * masks.weights[x] * u);
               s += m * masks.weights[x] * z[c] * u;
@@ -298,9 +314,10 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& gr
   return {grad_features, d_regions, d_weights};
 }
 
-std::tuple<Tensor, Tensor> prototype_pool_cpu(const Tensor& features, const Tensor& regions, int64_t num_regions,
-                                              const std::optional<Tensor>& weights, bool normalize, int64_t ignore_index,
-                                              bool align_corners, double eps) {
+std::tuple<Tensor, Tensor> prototype_pool_cpu(const Tensor& features, const Tensor& regions,
+                                              int64_t num_regions, const std::optional<Tensor>& weights,
+                                              bool normalize, int64_t ignore_index, bool align_corners,
+                                              double eps) {
   const Problem p{features, regions, weights, num_regions, normalize, ignore_index, align_corners, eps};
   p.check();
   return with_accumulation({features.scalar_type()}, [&](auto zero) { return pool<decltype(zero)>(p); });
@@ -308,11 +325,13 @@ std::tuple<Tensor, Tensor> prototype_pool_cpu(const Tensor& features, const Tens
 
 std::tuple<Tensor, Tensor, Tensor> prototype_pool_backward_cpu(
     const std::optional<Tensor>& grad_sums, const std::optional<Tensor>& grad_mass, const Tensor& features,
-    const Tensor& regions, int64_t num_regions, const std::optional<Tensor>& weights, bool normalize, int64_t ignore_index,
-    bool align_corners, double eps, const std::vector<bool>& needs) {
+    const Tensor& regions, int64_t num_regions, const std::optional<Tensor>& weights, bool normalize,
+    int64_t ignore_index, bool align_corners, double eps, const std::vector<bool>& needs) {
   const Problem p{features, regions, weights, num_regions, normalize, ignore_index, align_corners, eps};
   p.check();
-  return with_accumulation({features.scalar_type()}, [&](auto zero) { return pool_backward<decltype(zero)>(grad_sums, grad_mass, p, needs); });
+  return with_accumulation({features.scalar_type()}, [&](auto zero) {
+    return pool_backward<decltype(zero)>(grad_sums, grad_mass, p, needs);
+  });
 }
 
 }  // namespace

@@ -29,6 +29,9 @@ def load_native() -> None:
     try:
         importlib.import_module("pssl_ext._C")
     except ImportError as error:
+        # a setting that cannot be followed is the user's to mend, not to pass over
+        if "PSSL_SIMD" in str(error):
+            raise
         load_error = str(error)
         warnings.warn(
             f"pssl_ext: the compiled kernels are not there ({error}); every operator runs on its slow PyTorch "

@@ -1,4 +1,7 @@
-"""Argument checks that every operator shares. An error names the operator, the argument, what was expected and what came."""
+"""Argument checks that every operator shares.
+
+An error names the operator, the argument, what was expected and what came.
+"""
 
 from __future__ import annotations
 

@@ -20,13 +20,15 @@ struct Axis {
   std::vector<T> fraction;
   std::vector<int64_t> begin;  // begin[i]: the first output with index >= i
 
-  Axis(int64_t in_size, int64_t out_size, bool align_corners) : index(out_size), fraction(out_size), begin(in_size + 1) {
+  Axis(int64_t in_size, int64_t out_size, bool align_corners)
+      : index(out_size), fraction(out_size), begin(in_size + 1) {
     for (int64_t o = 0; o < out_size; ++o) {
       const AxisWeight weight = axis_weight(o, in_size, out_size, align_corners);
       index[o] = weight.index;
       fraction[o] = T(weight.fraction);
     }
-    for (int64_t i = 0; i <= in_size; ++i) begin[i] = std::lower_bound(index.begin(), index.end(), i) - index.begin();
+    for (int64_t i = 0; i <= in_size; ++i)
+      begin[i] = std::lower_bound(index.begin(), index.end(), i) - index.begin();
   }
 };
 
@@ -54,7 +56,8 @@ CellMaps<T> cell_maps(const FeatureView& f, int64_t cp, const Vectors& vectors, 
   const int64_t cells = f.B * f.h * f.w;
   CellMaps<T> maps{f.B, f.h, f.w, cp, Buffer<T>(cells * cp), {}, gram};
   if (gram)
-    for (Buffer<T>* m : {&maps.gram.self, &maps.gram.right, &maps.gram.lower, &maps.gram.diagonals}) m->reset(cells);
+    for (Buffer<T>* m : {&maps.gram.self, &maps.gram.right, &maps.gram.lower, &maps.gram.diagonals})
+      m->reset(cells);
   const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile + 1 + kLanes<T>);
   torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> upper(f.D * ld), lower(gram ? f.D * ld : 0), z(tile * cp);
@@ -99,7 +102,8 @@ struct RowBlend {
   Buffer<T> dots;         // [w+1,cp]
   Buffer<T> self, right;  // [w+1]
 
-  RowBlend(int64_t w, int64_t cp) : w(w), cp(cp), dots((w + 1) * cp, true), self(w + 1, true), right(w + 1, true) {}
+  RowBlend(int64_t w, int64_t cp)
+      : w(w), cp(cp), dots((w + 1) * cp, true), self(w + 1, true), right(w + 1, true) {}
 
   void blend(const CellMaps<T>& maps, int64_t b, int64_t y, T t) {
     const int64_t below = std::min(y + 1, maps.h - 1);  // at the last row t = 0
@@ -121,11 +125,13 @@ struct RowBlend {
       inverse[x] = inverse_norm(blend_squared(self[i], self[i + 1], right[i], axis.fraction[x]), eps);
     }
   }
-  // z[0..cp) = the blended products at label pixel x
-  void at(const Axis<T>& axis, int64_t x, T* z) const {
+  // z[0..columns) = the blended products at label pixel x; columns = cp, see with_columns
+  template <class Columns>
+  void at(const Axis<T>& axis, int64_t x, Columns columns, T* z) const {
     const T *z0 = &dots[axis.index[x] * cp], *z1 = z0 + cp;
     const T t = axis.fraction[x], s = T(1) - t;
-    for (int64_t c = 0; c < cp; c += kLanes<T>) store<T>(z + c, s * load<T>(z0 + c) + t * load<T>(z1 + c));
+    for (int64_t c = 0; c < columns; c += kLanes<T>)
+      store<T>(z + c, s * load<T>(z0 + c) + t * load<T>(z1 + c));
   }
 };
 
@@ -134,10 +140,10 @@ struct RowBlend {
 template <class T>
 struct CellAdjoint {
   int64_t h, w, cp;
-  Buffer<T> upper, lower;                // [B,h,w,cp]
-  Buffer<T> self_upper, self_lower;      // [B,h,w]
-  Buffer<T> right_upper, right_lower;    // [B,h,w]
-  Buffer<T> below, diagonals;            // [B,h,w]
+  Buffer<T> upper, lower;              // [B,h,w,cp]
+  Buffer<T> self_upper, self_lower;    // [B,h,w]
+  Buffer<T> right_upper, right_lower;  // [B,h,w]
+  Buffer<T> below, diagonals;          // [B,h,w]
 
   CellAdjoint(int64_t B, int64_t h, int64_t w, int64_t cp)
       : h(h), w(w), cp(cp), upper(B * h * w * cp, true), lower(B * h * w * cp, true) {
@@ -158,7 +164,9 @@ struct CellAdjoint {
     return x < 0 ? T(0) : right_upper[cell(b, y, x)] + (y ? right_lower[cell(b, y - 1, x)] : T(0));
   }
   T lower_product(int64_t b, int64_t y, int64_t x) const { return y < 0 ? T(0) : below[cell(b, y, x)]; }
-  T diagonal(int64_t b, int64_t y, int64_t x) const { return x < 0 || y < 0 ? T(0) : diagonals[cell(b, y, x)]; }
+  T diagonal(int64_t b, int64_t y, int64_t x) const {
+    return x < 0 || y < 0 ? T(0) : diagonals[cell(b, y, x)];
+  }
 };
 
 // Collects one label row's gradients along x, then hands them to two feature rows.
@@ -175,11 +183,12 @@ struct RowAdjoint {
     std::fill_n(self.get(), w + 1, T(0));
     std::fill_n(right.get(), w + 1, T(0));
   }
-  // g[0..cp): the gradient of the products at label pixel x
-  void add(const Axis<T>& axis, int64_t x, const T* g) {
+  // g[0..columns): the gradient of the products at label pixel x
+  template <class Columns>
+  void add(const Axis<T>& axis, int64_t x, Columns columns, const T* g) {
     T *g0 = &dots[axis.index[x] * cp], *g1 = g0 + cp;
     const T t = axis.fraction[x], s = T(1) - t;
-    for (int64_t c = 0; c < cp; c += kLanes<T>) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
       const Vec<T> v = load<T>(g + c);
       store<T>(g0 + c, load<T>(g0 + c) + s * v);
       store<T>(g1 + c, load<T>(g1 + c) + t * v);

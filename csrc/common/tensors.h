@@ -35,37 +35,52 @@ constexpr ScalarType scalar_type_of = sizeof(T) == 8 ? ScalarType::Double : Scal
 template <class F>
 auto with_floating(ScalarType type, const F& f) {
   switch (type) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: STD_TORCH_CHECK(false, "pssl: features must be float16, bfloat16, float32 or float64");
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(Half{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "pssl: features must be float16, bfloat16, float32 or float64");
   }
 }
 
+// Compiled once a type: the callers are many and the bodies long.
+#define PSSL_NOINLINE __attribute__((noinline))
+
 // Copies n elements, `stride` apart, of a floating or integer tensor into `out`.
 template <class T>
-void read_elements(const Tensor& t, int64_t offset, int64_t stride, int64_t n, T* out) {
+PSSL_NOINLINE void read_elements(const Tensor& t, int64_t offset, int64_t stride, int64_t n, T* out) {
   auto copy = [&](auto zero) {
     const auto* p = static_cast<const decltype(zero)*>(t.const_data_ptr()) + offset;
-    if (stride == 1) {
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i * stride]);
-    }
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i * stride]);
   };
   switch (t.scalar_type()) {
-    case ScalarType::Float: return copy(float{});
-    case ScalarType::Double: return copy(double{});
-    case ScalarType::Half: return copy(Half{});
-    case ScalarType::BFloat16: return copy(BFloat16{});
-    case ScalarType::Byte: return copy(uint8_t{});
-    case ScalarType::Char: return copy(int8_t{});
-    case ScalarType::Short: return copy(int16_t{});
-    case ScalarType::Int: return copy(int32_t{});
-    case ScalarType::Long: return copy(int64_t{});
-    case ScalarType::Bool: return copy(bool{});
-    default: STD_TORCH_CHECK(false, "pssl: element type ", int(t.scalar_type()), " is not supported");
+    case ScalarType::Float:
+      return copy(float{});
+    case ScalarType::Double:
+      return copy(double{});
+    case ScalarType::Half:
+      return copy(Half{});
+    case ScalarType::BFloat16:
+      return copy(BFloat16{});
+    case ScalarType::Byte:
+      return copy(uint8_t{});
+    case ScalarType::Char:
+      return copy(int8_t{});
+    case ScalarType::Short:
+      return copy(int16_t{});
+    case ScalarType::Int:
+      return copy(int32_t{});
+    case ScalarType::Long:
+      return copy(int64_t{});
+    case ScalarType::Bool:
+      return copy(bool{});
+    default:
+      STD_TORCH_CHECK(false, "pssl: element type ", int(t.scalar_type()), " is not supported");
   }
 }
 
@@ -81,7 +96,8 @@ struct Rows {
   template <class T>
   void read(int64_t b, int64_t c, int64_t y, int64_t x, int64_t n, T* out) const {
     const Tensor& t = *tensor;
-    read_elements(t, b * t.stride(0) + c * t.stride(1) + y * t.stride(2) + x * t.stride(3), t.stride(3), n, out);
+    read_elements(t, b * t.stride(0) + c * t.stride(1) + y * t.stride(2) + x * t.stride(3), t.stride(3), n,
+                  out);
   }
 };
 
@@ -110,8 +126,8 @@ struct FeatureView {
   static FeatureView of(const Tensor& t) {
     // const_cast: one view type serves the features, read only, and their gradient, written
     void* data = t.numel() > 0 ? const_cast<void*>(t.const_data_ptr()) : nullptr;
-    return {data,        t.scalar_type(), t.size(0),   t.size(1),  t.size(2),
-            t.size(3),   t.stride(0),     t.stride(1), t.stride(2), t.stride(3)};
+    return {data,      t.scalar_type(), t.size(0),   t.size(1),   t.size(2),
+            t.size(3), t.stride(0),     t.stride(1), t.stride(2), t.stride(3)};
   }
   // The same elements as one row of h·w pixels, where is_flat_map: longer tiles.
   FeatureView flat() const { return {data, type, B, D, 1, h * w, sb, sd, h * w * sx, sx}; }
@@ -119,7 +135,8 @@ struct FeatureView {
 
 // What a backward returns for a gradient that is not wanted, in the type of the argument (float32 where there is none).
 inline Tensor no_gradient(const std::optional<Tensor>& argument) {
-  return torch::stable::empty(std::vector<int64_t>{0}, argument ? argument->scalar_type() : ScalarType::Float);
+  return torch::stable::empty(std::vector<int64_t>{0},
+                              argument ? argument->scalar_type() : ScalarType::Float);
 }
 
 // `gradient` in the type and the layout of `argument`.
@@ -128,7 +145,9 @@ inline Tensor in_layout_of(const Tensor& argument, const Tensor& gradient) {
   return torch::stable::copy_(result, gradient);
 }
 
-inline Tensor new_tensor(std::vector<int64_t> sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
+inline Tensor new_tensor(std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::empty(sizes, type);
+}
 
 // The element of a one-element floating tensor.
 inline double scalar_value(const Tensor& t) {
@@ -146,7 +165,8 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t n, bool zeroed = false) { reset(n, zeroed); }
   void reset(int64_t n, bool zeroed = false) {
-    storage_.reset(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t{64})));
+    storage_.reset(
+        static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t{64})));
     if (zeroed) std::fill_n(storage_.get(), n, T(0));
   }
   T* get() const { return storage_.get(); }
@@ -166,8 +186,8 @@ class LabelCheck {
   void raise_if_found(const char* op, int64_t regions, int64_t ignore_index) const {
     if (!any_.load()) return;
     std::ostringstream text;  // std::invalid_argument arrives in Python as ValueError
-    text << op << ": regions must hold labels 0.." << regions - 1 << " or ignore_index=" << ignore_index << ", got ["
-         << bad_.load() << "]";
+    text << op << ": regions must hold labels 0.." << regions - 1 << " or ignore_index=" << ignore_index
+         << ", got [" << bad_.load() << "]";
     throw std::invalid_argument(text.str());
   }
 

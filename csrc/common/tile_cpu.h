@@ -14,9 +14,6 @@
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
-// Compiled once a type: the callers are many and the loops long.
-#define PSSL_NOINLINE __attribute__((noinline))
-
 constexpr int kPixelBlock = 8;  // pixels that dots keeps in registers at once
 constexpr int kTilePixels = 128;
 
@@ -55,7 +52,8 @@ inline void for_plane(const FeatureView& f, int64_t n, const Move& move) {
 // Packs pixels [x, x + n) of row y into out[d][0..n), zero where the pixel is outside the map, and zero in the columns
 // up to `padded`.
 template <class T, class S>
-PSSL_NOINLINE void pack_row_of(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n, int64_t padded, T* out, int64_t ld) {
+PSSL_NOINLINE void pack_row_of(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n,
+                               int64_t padded, T* out, int64_t ld) {
   const int64_t begin = y >= 0 && y < f.h ? std::clamp<int64_t>(-x, 0, n) : n;
   const int64_t end = y >= 0 && y < f.h ? std::clamp<int64_t>(f.w - x, begin, n) : n;
   for (int64_t d = 0; d < f.D; ++d) {
@@ -71,15 +69,19 @@ PSSL_NOINLINE void pack_row_of(const FeatureView& f, int64_t b, int64_t y, int64
 }
 
 template <class T>
-void pack_row(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n, int64_t padded, T* out, int64_t ld) {
+void pack_row(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n, int64_t padded, T* out,
+              int64_t ld) {
   with_floating(f.type, [&](auto zero) { pack_row_of<T, decltype(zero)>(f, b, y, x, n, padded, out, ld); });
 }
 
 // Writes in[d][0..n) to pixels [x, x + n) of row y.
 template <class T, class S>
-PSSL_NOINLINE void unpack_row_of(const T* in, int64_t ld, const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n) {
+PSSL_NOINLINE void unpack_row_of(const T* in, int64_t ld, const FeatureView& f, int64_t b, int64_t y,
+                                 int64_t x, int64_t n) {
   S* row = static_cast<S*>(f.data) + b * f.sb + y * f.sy + x * f.sx;
-  for_plane(f, n, [&](int64_t d, int64_t p, auto sd, auto sx) { row[d * sd + p * sx] = static_cast<S>(in[d * ld + p]); });
+  for_plane(f, n, [&](int64_t d, int64_t p, auto sd, auto sx) {
+    row[d * sd + p * sx] = static_cast<S>(in[d * ld + p]);
+  });
 }
 
 template <class T>
@@ -105,7 +107,8 @@ void for_class_blocks(int64_t cp, const F& body) {
 
 // z[p][0..cp) = sum_d f[d][p] q[d][0..cp) for p < pixels (a multiple of kPixelBlock).
 template <class T>
-PSSL_NOINLINE void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t cp, T* z) {
+PSSL_NOINLINE void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t cp,
+                             T* z) {
   for_class_blocks<T>(cp, [&](auto block, int64_t c) {
     constexpr int V = decltype(block)::value;
     constexpr int P = kVecRegisters >= 32 ? kPixelBlock : kPixelBlock / 2;  // P·V accumulators and V operands
@@ -131,7 +134,8 @@ PSSL_NOINLINE void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, 
 // s[d][0..cp) += sum_p f[d][p] g[p][0..cp) over the `count` pixels listed in `active`. Pixels that count for nothing
 // are left out, not multiplied by 0: their features may be NaN.
 template <class T>
-PSSL_NOINLINE void tile_outer(const T* f, int64_t ld, const int32_t* active, int64_t count, int64_t D, const T* g, int64_t cp, T* s) {
+PSSL_NOINLINE void tile_outer(const T* f, int64_t ld, const int32_t* active, int64_t count, int64_t D,
+                              const T* g, int64_t cp, T* s) {
   for_class_blocks<T>(cp, [&](auto block, int64_t c) {
     constexpr int V = decltype(block)::value;
     auto rows = [&]([[maybe_unused]] auto lines, int64_t d) {
@@ -174,7 +178,8 @@ struct Neighbour {
 // p < pixels (a multiple of the vector length). gt is [C][ldg], o and the features share `ld`.
 template <class T>
 PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, const T* gt, int64_t ldg,
-                  const std::vector<Neighbour<T>>& neighbours, T* o, int64_t ld, int64_t pixels) {
+                                const std::vector<Neighbour<T>>& neighbours, T* o, int64_t ld,
+                                int64_t pixels) {
   constexpr int N = 4;  // rows of D at once
   auto block = [&](auto rows, auto vectors, int64_t d, int64_t p) {
     constexpr int R = decltype(rows)::value;
@@ -210,7 +215,8 @@ PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, co
   constexpr int kWide = kVecRegisters >= 32 ? 4 : 2;
   auto columns = [&](auto rows, int64_t d) {
     int64_t p = 0;
-    for (; p + kWide * kLanes<T> <= pixels; p += kWide * kLanes<T>) block(rows, std::integral_constant<int, kWide>{}, d, p);
+    for (; p + kWide * kLanes<T> <= pixels; p += kWide * kLanes<T>)
+      block(rows, std::integral_constant<int, kWide>{}, d, p);
     for (; p < pixels; p += kLanes<T>) block(rows, std::integral_constant<int, 1>{}, d, p);
   };
   int64_t d = 0;

@@ -11,9 +11,9 @@ struct Tile {
   int64_t index;       // among the tiles of the batch, see tile_count
   const T* f;          // packed features [D][ld], zero in the columns behind n
   int64_t ld;
-  T* g;                // [n][cp], the coefficients of the class sums, for the body to fill in
-  int32_t* active;     // the pixels that have any,
-  int64_t count;       // and how many they are
+  T* g;             // [n][cp], the coefficients of the class sums, for the body to fill in
+  int32_t* active;  // the pixels that have any,
+  int64_t count;    // and how many they are
 };
 
 // The tiles of one image.
@@ -79,8 +79,8 @@ Buffer<T> adjoint_class_sums(const FeatureView& f, const CellAdjoint<T>& adjoint
 // The gradient of the features from the gradients of the products: every cell's class vectors, and, with `gram`, the
 // eight neighbours and the cell itself.
 template <class T, class Vectors>
-void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, const CellAdjoint<T>& adjoint, int64_t C,
-                              const Vectors& vectors, bool gram) {
+void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, const CellAdjoint<T>& adjoint,
+                              int64_t C, const Vectors& vectors, bool gram) {
   const int64_t tile = tile_pixels(f.D, sizeof(T)), lanes = kLanes<T>;
   const int64_t ldg = round_up(tile, lanes), ld = tile_stride<T>(ldg + 2 + lanes);
   const int64_t cp = adjoint.cp;
@@ -97,15 +97,22 @@ void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, cons
           std::fill_n(coefficients.get(), 9 * ldg, T(0));
           for (int64_t p = 0; p < n; ++p) {
             const int64_t i = x + p;
-            const T values[9] = {adjoint.diagonal(b, y - 1, i - 1), adjoint.lower_product(b, y - 1, i), adjoint.diagonal(b, y - 1, i),
-                                 adjoint.right(b, y, i - 1),        adjoint.self(b, y, i),              adjoint.right(b, y, i),
-                                 adjoint.diagonal(b, y, i - 1),     adjoint.lower_product(b, y, i),     adjoint.diagonal(b, y, i)};
+            const T values[9] = {adjoint.diagonal(b, y - 1, i - 1),
+                                 adjoint.lower_product(b, y - 1, i),
+                                 adjoint.diagonal(b, y - 1, i),
+                                 adjoint.right(b, y, i - 1),
+                                 adjoint.self(b, y, i),
+                                 adjoint.right(b, y, i),
+                                 adjoint.diagonal(b, y, i - 1),
+                                 adjoint.lower_product(b, y, i),
+                                 adjoint.diagonal(b, y, i)};
             for (int k = 0; k < 9; ++k) coefficients[k * ldg + p] = values[k];
           }
           for (int64_t dy = 0; dy < 3; ++dy) {
             T* row = &rows[dy * f.D * ld];
             pack_row(f, b, y + dy - 1, x - 1, n + 2, ld, row, ld);
-            for (int64_t dx = 0; dx < 3; ++dx) neighbours.push_back({row + dx, &coefficients[(dy * 3 + dx) * ldg]});
+            for (int64_t dx = 0; dx < 3; ++dx)
+              neighbours.push_back({row + dx, &coefficients[(dy * 3 + dx) * ldg]});
           }
         }
         tile_combine(vectors(b), cp, C, f.D, gt.get(), ldg, neighbours, result.get(), ld, padded);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "common/simd.h"
 
@@ -117,7 +118,58 @@ inline Vec<T> exp_nonpositive(Vec<T> x) {
   value += exponent << mantissa;
   Vec<T> result;
   std::memcpy(&result, &value, sizeof result);
-  return result;
+  return x == x ? result : x;  // the exponent's bits would make a number of NaN
 }
+
+// log(x) for normal x > 0, to about one unit in the last place. x = 2^n m with m in [sqrt(1/2), sqrt(2)), and
+// log m = 2 (s + s^3/3 + s^5/5 + ...) with s = (m - 1)/(m + 1), |s| <= 0.1716: the first term left out is below the
+// type's rounding (2 s^11/11 = 7e-10, 2 s^23/23 = 2e-19).
+template <class T>
+inline Vec<T> log_positive(Vec<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr int mantissa = single ? 23 : 52;
+  using Bits = typename VecOf<BitsOf<T>>::type;
+  constexpr BitsOf<T> root_half = single ? BitsOf<T>(0x3f3504f3) : BitsOf<T>(0x3fe6a09e667f3bcd);
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Bits n = (bits - root_half) >> mantissa;
+  bits -= n << mantissa;
+  Vec<T> m;
+  std::memcpy(&m, &bits, sizeof m);
+  const Vec<T> s = (m - T(1)) / (m + T(1)), square = s * s;
+  Vec<T> series = {};
+#pragma GCC unroll 16
+  for (int k = single ? 9 : 21; k >= 3; k -= 2) series = (series + T(1.0 / k)) * square;
+  const Vec<T> log_m = T(2) * (s + s * series);
+  const Vec<T> result = __builtin_convertvector(n, Vec<T>) * T(0.6931471805599453094) + log_m;
+  return x == x ? result : x;
+}
+
+// Calls f(columns) with the number of columns, a multiple of the vector length, as a constant where it is small:
+// loops over the classes of a pixel then stay in registers.
+template <class T, class F>
+inline void with_columns(int64_t columns, const F& f) {
+  constexpr int64_t n = kLanes<T>;
+  if constexpr (sizeof(T) == 4) {
+    if (columns == n) return f(std::integral_constant<int64_t, n>{});
+    if (columns == 2 * n) return f(std::integral_constant<int64_t, 2 * n>{});
+    if (columns == 3 * n) return f(std::integral_constant<int64_t, 3 * n>{});
+  }
+  f(columns);
+}
+
+// Room for one pixel's classes: on the stack where their number is a constant, else behind a pointer.
+template <class T, class Columns>
+struct PixelScratch {
+  alignas(64) T values[Columns::value];
+  explicit PixelScratch(Columns) {}
+  T* get() { return values; }
+};
+template <class T>
+struct PixelScratch<T, int64_t> {
+  std::vector<T> values;
+  explicit PixelScratch(int64_t columns) : values(columns) {}
+  T* get() { return values.data(); }
+};
 
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

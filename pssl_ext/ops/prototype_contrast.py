@@ -74,7 +74,7 @@ def _bytes_moved(
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
-    """Calls over the shapes that matter: both grids, per-image prototypes, invalid prototypes, weights, degenerate sizes."""
+    """Calls over the shapes that matter: both grids, per-image and invalid prototypes, weights, degenerate sizes."""
     g = torch.Generator().manual_seed(11)
     wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 

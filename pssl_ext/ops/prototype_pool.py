@@ -69,7 +69,7 @@ def _bytes_moved(
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
-    """Calls over the shapes that matter: label grid against feature grid, absent and ignored regions, degenerate sizes."""
+    """Calls over the shapes that matter: both grids, absent and ignored regions, degenerate sizes."""
     g = torch.Generator().manual_seed(7)
 
     def features(*shape: int) -> Tensor:
@@ -168,8 +168,8 @@ def prototype_pool(
         \text{mass}[b,c] = \sum_x \omega(x)\, m_c(x)
 
     without the division where ``normalize=False``. F is never formed: the sum equals
-    Σ_i f_i · (Σ_x a_i(x) ω(x) m_c(x)/‖F(x)‖) over the cells i of the feature grid with bilinear weights a_i, and ‖F(x)‖²
-    follows from products of neighbouring cells. Prototype means, their L2 normalisation, leave-one-out and
+    Σ_i f_i · (Σ_x a_i(x) ω(x) m_c(x)/‖F(x)‖) over the cells i of the feature grid with bilinear weights a_i, and
+    ‖F(x)‖² follows from products of neighbouring cells. Prototype means, their L2 normalisation, leave-one-out and
     reduction over ranks are sums of these results.
 
     Args:

@@ -1,0 +1,82 @@
+"""Write the CAMs of a trained network: ``python -m pssl.cams --checkpoint runs/train/checkpoints/rcm+mam.safetensors``.
+
+One .npz an image in OUT: `cams` float16 [k,H,W] in 0..1 at the image's size, `class_ids` uint8 [k] (1..K), for the
+classes that its image-level labels name. OUT/cams.yaml says what made them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from pssl.cli import parse, to_dict
+from pssl.config import DataConfig, InferenceConfig
+from pssl.engine import distributed
+from pssl.engine.cam_files import write_cams
+from pssl.engine.checkpoint import write_text
+from pssl.engine.inference import read_images
+from pssl.engine.log import Log
+from pssl.engine.workspace import build_inputs, load_net, open_data, resolve_device
+
+
+@dataclass
+class CamsConfig:
+    """`python -m pssl.cams`: multi-scale CAMs of a checkpoint as files."""
+
+    checkpoint: Path = Path("runs/train/checkpoints/rcm+mam.safetensors")
+    """A checkpoint of pssl.train."""
+    data: DataConfig = field(default_factory=DataConfig)
+    split: str = "train"
+    """ImageSets split whose images are read (pseudo labels are made for the training images)."""
+    readout: Literal["cam", "prototype"] = "cam"
+    """"cam": the paper's; "prototype": softmax over cosines to RCM's prototypes."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    out: Path = Path("runs/cams")
+    """Folder for the files."""
+    device: str = "auto"
+    """Torch device, or "auto": CUDA where there is one, else CPU."""
+
+
+def run(config: CamsConfig, log: Log | None = None) -> int:
+    """Write the files of a split; returns how many this rank wrote. Images keep the checkpoint's training size."""
+    device = resolve_device(config.device)
+    distributed.start(device)
+    log = log or Log()
+    trained = load_net(config.checkpoint, device)
+    config.data.size = trained.size
+    folder = open_data(config.data)
+    if tuple(folder.classes) != trained.classes:
+        raise ValueError(
+            f"data.root={folder.root}: expected the checkpoint's classes {trained.classes}, got {folder.classes}"
+        )
+    ids = folder.ids(config.split)
+    inputs = build_inputs(
+        folder, ids, trained.net, config.data, trained.model, {1.0, *config.inference.scales}, log
+    )
+    own = distributed.share(range(len(ids)))
+    prototypes = trained.prototypes if config.readout == "prototype" else None
+    with log.progress(f"{config.readout} of {config.split}", len(own)) as bar:
+        for maps in read_images(
+            trained.net, inputs, own, lambda i: folder.image(i).shape[:2], config.inference, prototypes
+        ):
+            write_cams(config.out, maps.id, maps.maps[config.readout], maps.class_ids)
+            bar.advance()
+    if distributed.is_first():
+        write_text(config.out / "cams.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        log.say(f"{len(ids)} files in {config.out}")
+    return len(own)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    try:
+        run(parse(CamsConfig, argv, prog="python -m pssl.cams"))
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""From YAML files and flags to a typed configuration, and back.
+
+Order, later wins: field defaults, the recipe (only for configurations that have one), ``--config FILE.yaml``, flags.
+A key that no field has is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+T = TypeVar("T")
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _list_of(kind: type, metavar: str) -> PrimitiveConstructorSpec:
+    """A flag that takes values separated by commas or blanks: ``--seeds 0,1,2``."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda words: tuple(kind(part) for w in words for part in w.split(",") if part),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(item) for item in value],
+    )
+
+
+Floats = Annotated[tuple[float, ...], _list_of(float, "X,Y,..")]
+Integers = Annotated[tuple[int, ...], _list_of(int, "I,J,..")]
+Names = Annotated[tuple[str, ...], _list_of(str, "A,B,..")]
+
+
+def parse(kind: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
+    """The configuration that `argv` (default: the command line) describes; exits with a message if it is wrong.
+
+    `prog` is the command's name in its help, as in "python -m pssl.train".
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        files, flags = _take_config_files(argv)
+        base = overlay(kind(), *[_read(path) for path in files])
+        if hasattr(base, "recipe"):
+            name = tyro.cli(kind, prog=prog, args=flags, default=base).recipe_name
+            base = overlay(kind(), _read(_recipe_path(name)), *[_read(path) for path in files])
+            base.recipe = name
+            flags = _without(flags, "--recipe")
+        return tyro.cli(kind, prog=prog, args=flags, default=base)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be understood; the text says which file and key."""
+
+
+def _recipe_path(name: str) -> Path:
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+        raise ConfigError(f"recipe: expected one of {', '.join(known)}, got {name!r}")
+    return path
+
+
+def _take_config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
+    """Split ``--config FILE`` (or ``--config=FILE``) off the other flags."""
+    files, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            value = word.partition("=")[2] or next(words, None)
+            if value is None:
+                raise ConfigError("--config: expected a YAML file, got nothing")
+            files.append(Path(value))
+        else:
+            rest.append(word)
+    return files, rest
+
+
+def _without(argv: list[str], flag: str) -> list[str]:
+    """`argv` without `flag` and its value."""
+    kept, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == flag:
+            skip = True
+        elif not word.startswith(flag + "="):
+            kept.append(word)
+    return kept
+
+
+def _read(path: Path) -> tuple[str, dict]:
+    """A YAML file's mapping, with its name for messages."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: expected a readable YAML file, got {error}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
+    return str(path), values
+
+
+def known_keys(config: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration, sections included."""
+    keys = []
+    for item in dataclasses.fields(config):
+        keys.append(prefix + item.name)
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            keys += known_keys(value, prefix + item.name + ".")
+    return keys
+
+
+def overlay(config: T, *sources: tuple[str, dict]) -> T:
+    """A copy of `config` with each source's values in place of its own."""
+    for name, values in sources:
+        config = _overlay(config, values, name, "", known_keys(config))
+    return config
+
+
+def _overlay(config: Any, values: dict, source: str, prefix: str, known: list[str]) -> Any:
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints:
+            by_leaf = {item.rpartition(".")[2]: item for item in reversed(known)}
+            near = difflib.get_close_matches(dotted, known, 1, 0.6)
+            near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(str(key), by_leaf, 1, 0.5)]
+            hint = f"; the nearest known key is {near[0]!r}" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key {dotted!r}{hint}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {dotted} expected a mapping, got {value!r}")
+            changes[key] = _overlay(current, value, source, dotted + ".", known)
+        else:
+            changes[key] = _convert(value, hints[key], source, dotted)
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
+    """`value` as YAML gave it, as the field's type; an error names file and key."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = [item for item in arguments if item is not type(None)]
+        return _convert(value, hint, source, key)
+    if origin is typing.Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(item, arguments[0], source, key) for item in value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    expected = f"one of {arguments}" if origin is typing.Literal else getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{source}: {key} expected {expected}, got {value!r}")
+
+
+def to_dict(config: Any) -> dict:
+    """The configuration as plain YAML and JSON values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(kind: type[T], values: dict, source: str) -> T:
+    """The inverse of :func:`to_dict`; `source` names the origin in messages."""
+    return overlay(kind(), (source, values))
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML, in the order of the fields."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, width=110)

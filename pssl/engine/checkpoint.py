@@ -1,0 +1,67 @@
+"""Checkpoints: weights as safetensors with a description, training state as tensors and plain values.
+
+Nothing here is a pickle that runs code: weights are safetensors, training state is read with `weights_only=True`.
+Files appear whole or not at all: they are written beside their place and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "pssl-checkpoint-1"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a file beside `path`, then rename it to `path`; a failure leaves no trace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, UTF-8."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write named tensors and a JSON description as one .safetensors file."""
+    metadata = {"format": FORMAT, "description": json.dumps(description)}
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_atomically(path, lambda partial: save_file(own, partial, metadata))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the description of a file of :func:`save_weights`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path}: expected a {FORMAT} file, its format says {metadata.get('format')!r}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    return tensors, json.loads(metadata["description"])
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write training state: tensors, numbers, strings, lists and dicts of them."""
+    write_atomically(path, lambda partial: torch.save(state, partial))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read training state, refusing anything but tensors and plain values."""
+    return torch.load(path, map_location="cpu", weights_only=True)

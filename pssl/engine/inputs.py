@@ -1,0 +1,112 @@
+"""What the network is fed: images, or a frozen backbone's activations, at the scales a step asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pssl.data.transforms import random_flip, random_resized_crop, to_float
+from pssl.data.voc import VOCFolder
+from pssl.engine.feature_cache import ActivationSet, resized
+
+
+class Inputs(Protocol):
+    """The images of one split as inputs of a CamNet. `ids` in the order of the split; `labels` float32 [N,K]."""
+
+    ids: Sequence[str]
+    labels: Tensor
+
+    def training(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
+    ) -> dict[float, Tensor]:
+        """Inputs of these images, each changed at random by its own generator, and alike at every scale."""
+
+    def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
+        """Inputs of these images as they are, or mirrored."""
+
+
+def load_square_images(folder: VOCFolder, ids: Sequence[str], size: int) -> Tensor:
+    """Images resized (bilinear with antialiasing) to size x size, uint8 [N,3,size,size]."""
+    images = torch.empty(len(ids), 3, size, size, dtype=torch.uint8)
+    for index, image_id in enumerate(ids):
+        pixels = folder.image(image_id)
+        if pixels.shape[:2] != (size, size):
+            pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+        images[index] = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    return images
+
+
+class ImageInputs:
+    """Inputs of a backbone that is trained: images, flipped and cropped at random in training.
+
+    Args:
+        ids: image ids.
+        images: uint8 [N,3,S,S].
+        labels: float32 [N,K].
+        normalise: the backbone's.
+        zoom: range of the random resizing before the random crop (`random_resized_crop`).
+        device: where inputs go.
+    """
+
+    def __init__(self, ids, images: Tensor, labels: Tensor, normalise, zoom, device) -> None:
+        self.ids = ids
+        self.images = images
+        self.labels = labels
+        self.normalise = normalise
+        self.zoom = zoom
+        self.size = images.shape[-1]
+        self.device = device
+
+    def training(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
+    ) -> dict[float, Tensor]:
+        changed = []
+        for index, own in zip(indices, generators, strict=True):
+            image = random_resized_crop(self.images[index], self.size, own, scale=self.zoom)
+            changed.append(random_flip(image, own))
+        batch = self._channels_last(torch.stack(changed))
+        return {scale: resized(batch, scale) for scale in scales}
+
+    def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
+        batch = resized(self._channels_last(to_float(self.images[list(indices)])), scale)
+        return batch.flip(3) if flip else batch
+
+    def _channels_last(self, images: Tensor) -> Tensor:  # [B,3,S,S] in 0..1
+        """Normalised images in the memory order in which convolutions are quickest."""
+        images = images.to(self.device, memory_format=torch.channels_last)
+        return self.normalise(images)
+
+
+class ActivationInputs:
+    """Inputs of a frozen backbone's head: cached activations, of the mirrored image half the time in training."""
+
+    def __init__(self, ids, activations: ActivationSet, labels: Tensor, device) -> None:
+        self.ids = ids
+        self.activations = activations
+        self.labels = labels
+        self.device = device
+
+    def training(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
+    ) -> dict[float, Tensor]:
+        flips = [int(torch.rand((), generator=own) < 0.5) for own in generators]
+        return {scale: self.activations.rows(indices, flips, scale).to(self.device) for scale in scales}
+
+    def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
+        return self.activations.rows(indices, [int(flip)] * len(indices), scale).to(self.device)
+
+    def channel_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [channels] of the activations at scale 1, both flips, in float64 sums."""
+        array = self.activations.scales[1.0]
+        total = np.zeros((2, array.shape[2]))
+        for index in range(array.shape[1]):
+            rows = array[:, index].astype(np.float64)
+            total += rows.sum((0, 2, 3)), np.square(rows).sum((0, 2, 3))
+        mean, square = total / (array.size / array.shape[2])
+        std = np.sqrt(np.maximum(square - mean**2, 1e-12))
+        return torch.from_numpy(mean).float(), torch.from_numpy(std).float()

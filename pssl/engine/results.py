@@ -1,0 +1,109 @@
+"""The outcome of a run as files and as a table: metrics.json, summary.csv, the closing table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import platform
+import statistics
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+
+COLUMNS = (
+    "arm",
+    "readout",
+    "train_miou",
+    "train_miou_std",
+    "val_miou",
+    "val_miou_std",
+    "threshold",
+    "part",
+    "body",
+    "background",
+    "seeds",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "pillow"):
+        found[name] = metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the repository this package lies in, with "+" if files differ from it; None outside of one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def summarise(runs: list[dict]) -> list[dict]:
+    """One row per arm and readout: mean over runs (seeds) and sample standard deviation, None for one run.
+
+    `runs` holds, per seed, {"arms": {arm: {"readouts": {readout: {"train": score, "val": score}}}}}. Activation is
+    that of the val split.
+    """
+    rows = []
+    for arm, entry in runs[0]["arms"].items():
+        for readout in entry["readouts"]:
+            scores = [run["arms"][arm]["readouts"][readout] for run in runs]
+            row = {"arm": arm, "readout": readout, "seeds": len(runs)}
+            for split in ("train", "val"):
+                values = [score[split]["miou"] for score in scores]
+                row[f"{split}_miou"] = statistics.mean(values)
+                row[f"{split}_miou_std"] = statistics.stdev(values) if len(values) > 1 else None
+            row["threshold"] = statistics.mean(score["val"]["threshold"] for score in scores)
+            for area in ("part", "body", "background"):
+                values = [score["val"]["activation"].get(area) for score in scores]
+                row[area] = None if None in values else statistics.mean(values)
+            rows.append(row)
+    return rows
+
+
+def to_csv(rows: list[dict]) -> str:
+    """The rows as CSV."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return stream.getvalue()
+
+
+def to_table(rows: list[dict], title: str) -> Table:
+    """The closing table."""
+    has_parts = any(row["part"] is not None for row in rows)
+    table = Table(
+        title=title, caption="threshold picked on the train split; activation: mean map value on val"
+    )
+    for name in ("arm", "readout", "mIoU train", "mIoU val", "threshold"):
+        table.add_column(name, justify="left" if name in ("arm", "readout") else "right")
+    areas = ("part", "body", "background") if has_parts else ("body", "background")
+    for area in areas:
+        table.add_column({"body": "body" if has_parts else "object"}.get(area, area), justify="right")
+    previous = None
+    for row in rows:
+        if previous not in (None, row["arm"]):
+            table.add_section()
+        cells = ["" if row["arm"] == previous else row["arm"], row["readout"]]
+        for split in ("train", "val"):
+            spread = row[f"{split}_miou_std"]
+            cells.append(f"{row[f'{split}_miou']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""))
+        cells.append(f"{row['threshold']:.2f}")
+        cells += ["-" if row[area] is None else f"{row[area]:.2f}" for area in areas]
+        table.add_row(*cells)
+        previous = row["arm"]
+    return table

@@ -1,0 +1,187 @@
+"""What the stages share: the data set, its inputs, and networks made from a configuration or a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pssl.cli import from_dict, to_dict
+from pssl.config import DataConfig, ModelConfig
+from pssl.data.cache import cache_dir
+from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
+from pssl.data.voc import VOCFolder
+from pssl.engine import checkpoint
+from pssl.engine.distributed import is_first, wait
+from pssl.engine.feature_cache import cached_activations
+from pssl.engine.inference import Prototypes
+from pssl.engine.inputs import ActivationInputs, ImageInputs, Inputs, load_square_images
+from pssl.engine.log import Log
+from pssl.engine.seeding import derive_seed
+from pssl.models.cam_net import CamNet, build_cam_net
+from pssl.models.weights import PACKAGES, file_digest, find_weights, load_weights
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA (this rank's, under torchrun) where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def open_data(config: DataConfig) -> VOCFolder:
+    """The VOC-layout folder of the configuration; the embedded set is written first if need be."""
+    if config.root is not None:
+        return VOCFolder(config.root)
+    if is_first():
+        ensure_synthetic(None, SyntheticConfig(variant=config.variant))
+    wait()
+    return VOCFolder(ensure_synthetic(None, SyntheticConfig(variant=config.variant)))
+
+
+def weights_path(config: ModelConfig) -> Path | None:
+    """The backbone's weights file, None for a backbone that starts from random weights."""
+    if config.weights is not None:
+        return config.weights
+    return find_weights(config.backbone) if config.backbone in PACKAGES else None
+
+
+def new_net(config: ModelConfig, classes: int, seed: int, say: Callable[[str], None] | None = None) -> CamNet:
+    """A network as training starts from: backbone weights loaded, the rest random by `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "weights"))
+        net = build_cam_net(
+            config.backbone,
+            classes,
+            dim=config.dim,
+            width=config.width,
+            logit_scale=config.logit_scale,
+            frozen=config.frozen,
+        )
+    path = weights_path(config)
+    if path is not None:
+        report = load_weights(net.backbone, path)
+        if say is not None:
+            say(f"backbone weights {report}")
+    elif config.frozen:
+        raise ValueError(
+            "model.frozen: expected a backbone with weights, got random ones; give --model.weights"
+        )
+    return net.to(memory_format=torch.channels_last)
+
+
+def build_inputs(
+    folder: VOCFolder,
+    ids: Sequence[str],
+    net: CamNet,
+    data: DataConfig,
+    model: ModelConfig,
+    scales: Sequence[float],
+    log: Log,
+) -> Inputs:
+    """Inputs of these images for `net`: activations (computed or found in the cache) if its backbone is frozen."""
+    images = load_square_images(folder, ids, data.size)
+    labels = torch.from_numpy(folder.image_labels(ids)).float()
+    device = next(net.parameters()).device
+    if not net.frozen:
+        return ImageInputs(ids, images, labels, net.backbone.normalise, data.zoom, device)
+    backbone = net.backbone.folded().to(memory_format=torch.channels_last)
+    made_from = {"backbone": model.backbone, "weights": file_digest(weights_path(model))}
+    with log.progress("backbone activations", len(ids)) as bar:
+        done = 0
+
+        def on_batch(now: int, total: int) -> None:
+            nonlocal done
+            bar.advance(now - done)
+            done = now
+
+        def compute():
+            root = cache_dir() / "activations"
+            return cached_activations(
+                root, images, backbone, scales, description=made_from, on_batch=on_batch
+            )
+
+        if not is_first():
+            wait()
+        activations = compute()
+        if is_first():
+            wait()
+        bar.advance(len(ids) - done, "" if done else "found in the cache")
+    return ActivationInputs(ids, activations, labels, device)
+
+
+@dataclass(frozen=True)
+class TrainedNet:
+    """A network from a checkpoint, with what is needed to use it."""
+
+    net: CamNet
+    prototypes: Prototypes
+    model: ModelConfig
+    classes: tuple[str, ...]
+    size: int
+    description: dict
+
+
+def save_net(
+    path: Path,
+    net: CamNet,
+    prototypes: Prototypes,
+    model: ModelConfig,
+    classes: Sequence[str],
+    size: int,
+    **more,
+) -> None:
+    """Write a network, its prototypes and its description; a frozen backbone is named by digest, not copied."""
+    source = weights_path(model)
+    description = {
+        "model": {**to_dict(model), "weights": None if model.weights is None else str(model.weights)},
+        "backbone_digest": file_digest(source) if net.frozen else None,
+        "classes": list(classes),
+        "size": size,
+        "temperature": prototypes.temperature,
+        **more,
+    }
+    tensors = {f"net.{name}": value for name, value in net.trained_state().items()}
+    tensors |= {"prototypes.rows": prototypes.rows, "prototypes.valid": prototypes.valid}
+    checkpoint.save_weights(path, tensors, description)
+
+
+def load_net(path: Path, device: torch.device | str = "cpu") -> TrainedNet:
+    """The network of :func:`save_net`, in eval mode."""
+    tensors, description = checkpoint.load_weights(path)
+    model = from_dict(ModelConfig, description["model"], str(path))
+    net = build_cam_net(
+        model.backbone,
+        len(description["classes"]),
+        dim=model.dim,
+        width=model.width,
+        logit_scale=model.logit_scale,
+        frozen=model.frozen,
+    )
+    if model.frozen:
+        source = weights_path(model)
+        if file_digest(source) != description["backbone_digest"]:
+            raise ValueError(
+                f"{path}: expected backbone weights with sha256 {description['backbone_digest'][:12]}, "
+                f"got {file_digest(source)[:12]} from {source}"
+            )
+        load_weights(net.backbone, source)
+    net.load_trained_state({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
+    rows = Prototypes(
+        tensors["prototypes.rows"].to(device),
+        tensors["prototypes.valid"].to(device),
+        description["temperature"],
+    )
+    return TrainedNet(
+        net.eval().to(device, memory_format=torch.channels_last),
+        rows,
+        model,
+        tuple(description["classes"]),
+        description["size"],
+        description,
+    )

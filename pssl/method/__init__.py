@@ -1,0 +1,1 @@
+"""SupportNet, RCM, MAM and the objective they make up."""

@@ -1,0 +1,92 @@
+"""The training objective: which passes a step makes, and which losses it takes from them.
+
+Every scale is passed once. SupportNet's scale 1 serves its CAMs and the prototypes; MainNet's scale 1 serves
+classification, RCM and MAM.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pssl.config import MethodConfig
+from pssl.method.mam import mam_loss
+from pssl.method.rcm import RCM
+from pssl.method.support import SupportNet
+from pssl.models.cam_net import CamNet
+
+
+def classification_loss(logits: Tensor, image_labels: Tensor) -> Tensor:  # [B,K], [B,K]
+    """Multi-label soft-margin loss, a scalar (paper; PSA, SEAM and IRN alike)."""
+    return F.multilabel_soft_margin_loss(logits, image_labels.to(logits.dtype))
+
+
+class Objective(nn.Module):
+    """Classification, and RCM and MAM where they are switched on.
+
+    Args:
+        config: weights and settings of the terms.
+        classes: K.
+        dim: D.
+        size: side of the square training images, which is the label grid's.
+        rcm: include RCM.
+        mam: include MAM.
+    """
+
+    def __init__(
+        self, config: MethodConfig, classes: int, dim: int, size: int, *, rcm: bool = False, mam: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.rcm = RCM(classes, dim, size, config.rcm) if rcm else None
+        self.mam = mam
+
+    @property
+    def needs_support(self) -> bool:
+        """Whether a SupportNet takes part."""
+        return self.rcm is not None or self.mam
+
+    @property
+    def main_scales(self) -> tuple[float, ...]:
+        """Scales that MainNet sees; 1 is always one of them."""
+        return tuple(sorted({1.0, *(self.config.mam.scales if self.mam else ())}))
+
+    @property
+    def support_scales(self) -> tuple[float, ...]:
+        """Scales that SupportNet sees."""
+        if not self.needs_support:
+            return ()
+        return tuple(sorted({*self.config.support.scales, *((1.0,) if self.rcm else ())}))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """All scales that a step's inputs must hold."""
+        return tuple(sorted({*self.main_scales, *self.support_scales}))
+
+    def forward(
+        self,
+        main: CamNet,
+        support: SupportNet | None,
+        inputs: dict[float, Tensor],  # scale -> images or activations, [B,*,*,*]
+        image_labels: Tensor,  # [B,K]
+    ) -> dict[str, Tensor]:
+        """The losses by name; "total" is their weighted sum."""
+        config = self.config
+        seen = {scale: main(inputs[scale]) for scale in self.main_scales}
+        centre = seen[1.0]
+        losses = {"classification": classification_loss(main.logits(centre.cam), image_labels)}
+        total = config.classification_weight * losses["classification"]
+        if self.needs_support:
+            target = {scale: support(inputs[scale]) for scale in self.support_scales}
+            support_cams = [target[scale].cam for scale in config.support.scales]
+            if self.rcm is not None:
+                losses["rcm"] = self.rcm(centre.features, target[1.0].features, support_cams, image_labels)
+                total = total + config.rcm.weight * losses["rcm"]
+            if self.mam:
+                main_cams = [seen[scale].cam for scale in config.mam.scales]
+                losses["mam"] = mam_loss(
+                    main_cams, support_cams, image_labels, tuple(centre.cam.shape[2:]), config.mam
+                )
+                total = total + config.mam.weight * losses["mam"]
+        losses["total"] = total
+        return losses

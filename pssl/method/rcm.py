@@ -1,0 +1,121 @@
+"""RCM, the Regional Contrastive Module: pull each pixel's feature to the prototype of its region.
+
+SupportNet's CAMs give a region mask; its features, averaged by region, give prototypes; MainNet's features are
+classified by their cosines to the prototypes of *other* images (paper, section 3; DESIGN, section 9).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pssl.config import RCMConfig
+from pssl.engine.distributed import gather_rows
+from pssl_ext import cam_regions, prototype_contrast, prototype_pool
+
+
+def image_prototypes(
+    features: Tensor,  # [B,D,h,w]
+    regions: Tensor,  # uint8 [B,H,W], 255 ignored
+    num_regions: int,
+) -> tuple[Tensor, Tensor]:
+    """Each image's prototype of each region: the L2-normalised mean of its pixels' L2-normalised features.
+
+    Returns float32 prototypes [B,C,D] and bool [B,C], true where the image has the region.
+    """
+    sums, mass = prototype_pool(features, regions, num_regions)
+    return F.normalize(sums, dim=-1), mass > 0
+
+
+class PrototypeMemory(nn.Module):
+    """The last `depth` image prototypes of each region, for regions that the rest of the batch lacks."""
+
+    def __init__(self, num_regions: int, dim: int, depth: int = 5) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(num_regions, depth, dim))
+        self.register_buffer("pushed", torch.zeros(num_regions, dtype=torch.int64))
+
+    def push(self, prototypes: Tensor, present: Tensor) -> None:  # [N,C,D], bool [N,C]
+        """Store the present prototypes, in the order of the images, over the oldest."""
+        depth = self.rows.shape[1]
+        if depth == 0:
+            return
+        for image, region in present.nonzero().tolist():
+            self.rows[region, int(self.pushed[region]) % depth] = prototypes[image, region]
+            self.pushed[region] += 1
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """Mean of what is stored, [C,D], and bool [C], true where there is something."""
+        held = self.pushed.clamp(max=self.rows.shape[1])
+        return self.rows.sum(1) / held.clamp(min=1)[:, None], held > 0
+
+
+def leave_one_out(
+    own: Tensor,  # [B,C,D]: this rank's images
+    own_present: Tensor,  # bool [B,C]
+    everyone: Tensor,  # [N,C,D]: all ranks' images, this rank's among them
+    everyone_present: Tensor,  # bool [N,C]
+    fallback: Tensor,  # [C,D]
+    fallback_valid: Tensor,  # bool [C]
+) -> tuple[Tensor, Tensor]:
+    """For each image and region the mean prototype over the other images that have the region.
+
+    An image is not compared with itself, or its own mask would be confirmed by its own pixels. Where no other image
+    has the region, `fallback` stands in. Returns [B,C,D] and bool [B,C], true where there is a prototype at all.
+    """
+    weight = everyone_present.to(everyone.dtype)
+    own_weight = own_present.to(own.dtype)
+    others = weight.sum(0) - own_weight
+    total = torch.einsum("nc,ncd->cd", weight, everyone)
+    mean = (total - own_weight[..., None] * own) / others.clamp(min=1)[..., None]
+    has_others = others > 0
+    prototypes = torch.where(has_others[..., None], mean, fallback)
+    return prototypes, has_others | fallback_valid
+
+
+class RCM(nn.Module):
+    """The module with its memory. Its loss has a gradient to MainNet's features only.
+
+    Args:
+        classes: K; regions are background and these.
+        dim: D.
+        size: side of the square label grid at `label_stride` 1.
+        config: thresholds, temperature, memory depth, label stride.
+    """
+
+    def __init__(self, classes: int, dim: int, size: int, config: RCMConfig) -> None:
+        super().__init__()
+        self.num_regions = classes + 1
+        self.config = config
+        side = max(size // config.label_stride, 1)
+        self.size = (side, side)
+        self.memory = PrototypeMemory(self.num_regions, dim, config.memory)
+
+    def regions(self, cams: list[Tensor], image_labels: Tensor) -> Tensor:  # T x [B,K,h,w], [B,K]
+        """The region mask, uint8 [B,H,W], from SupportNet's CAMs at all its scales."""
+        config = self.config
+        return cam_regions(
+            cams,
+            image_labels,
+            size=self.size,
+            foreground=config.foreground,
+            background=config.background,
+        )
+
+    def forward(
+        self,
+        main_features: Tensor,  # [B,D,h,w]
+        support_features: Tensor,  # [B,D,h,w], scale 1
+        support_cams: list[Tensor],  # T x [B,K,h,w]
+        image_labels: Tensor,  # [B,K]
+    ) -> Tensor:
+        """The contrastive loss, a float32 scalar; the memory takes in this batch afterwards."""
+        regions = self.regions(support_cams, image_labels)
+        own, present = image_prototypes(support_features, regions, self.num_regions)
+        everyone, everyone_present = gather_rows(own), gather_rows(present)
+        prototypes, valid = leave_one_out(own, present, everyone, everyone_present, *self.memory.mean())
+        self.memory.push(everyone, everyone_present)
+        return prototype_contrast(
+            main_features, prototypes, regions, temperature=self.config.temperature, valid=valid
+        )

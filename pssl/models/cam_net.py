@@ -1,0 +1,128 @@
+"""The network of the method: a backbone, an embedding and a class activation map."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pssl.models.backbones import build_backbone
+
+
+class CamOutput(NamedTuple):
+    """What one pass gives: `features` [B,D,h,w] (not negative) and `cam` [B,K,h,w] (signed)."""
+
+    features: Tensor
+    cam: Tensor
+
+
+class CamNet(nn.Module):
+    """Backbone -> 1x1 conv -> ReLU = features -> 1x1 conv without bias = CAM (DESIGN, section 9).
+
+    Without a bias the pooled CAM is the class logit, so a location's CAM value is its share of that logit (Zhou et
+    al. 2016, in the fully convolutional form of AffinityNet and SEAM).
+
+    Args:
+        backbone: module with `channels`, `stride`, `normalise`.
+        classes: K.
+        dim: D.
+        logit_scale: factor on the CAM, and so on the logits (see `ModelConfig.logit_scale`).
+        standardise: give each backbone channel zero mean and unit spread first, with the constants of
+            :meth:`set_channel_statistics`; for frozen backbones, whose channels differ in scale.
+        frozen: keep the backbone in eval mode and without gradient.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classes: int,
+        dim: int,
+        *,
+        logit_scale: float = 1.0,
+        standardise: bool = False,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(not frozen)
+        self.frozen = frozen
+        self.logit_scale = logit_scale
+        self.standardise = standardise
+        if standardise:
+            self.register_buffer("channel_mean", torch.zeros(backbone.channels))
+            self.register_buffer("channel_std", torch.ones(backbone.channels))
+        self.embed = nn.Conv2d(backbone.channels, dim, 1)
+        self.classifier = nn.Conv2d(dim, classes, 1, bias=False)
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return self.classifier.out_channels
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.classifier.in_channels
+
+    def train(self, mode: bool = True) -> CamNet:
+        """Training mode for everything but a frozen backbone."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def set_channel_statistics(self, mean: Tensor, std: Tensor) -> None:  # [channels], [channels]
+        """Constants of the standardisation, from the training images."""
+        self.channel_mean.copy_(mean)
+        self.channel_std.copy_(std)
+
+    def forward(self, inputs: Tensor) -> CamOutput:  # [B,3,H,W] normalised, or [B,channels,h,w]
+        """Features and CAM of normalised images, or of the backbone's (cached) activations."""
+        if inputs.shape[1] == 3:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+                inputs = self.backbone(inputs)
+        return self.head(inputs)
+
+    def head(self, activations: Tensor) -> CamOutput:  # [B,channels,h,w]
+        """Features and CAM from the backbone's activations."""
+        activations = activations.to(self.embed.weight.dtype)
+        if self.standardise:
+            scale = self.channel_std.reciprocal()
+            activations = torch.addcmul(
+                (-self.channel_mean * scale)[:, None, None], activations, scale[:, None, None]
+            )
+        features = self.embed(activations).relu()
+        return CamOutput(features, self.classifier(features) * self.logit_scale)
+
+    @staticmethod
+    def logits(cam: Tensor) -> Tensor:  # [B,K,h,w]
+        """Class logits [B,K]: the CAM's global mean."""
+        return cam.mean((2, 3))
+
+    def twin(self) -> CamNet:
+        """A copy with weights of its own; a frozen backbone is shared."""
+        shared = {id(self.backbone): self.backbone} if self.frozen else {}
+        return copy.deepcopy(self, shared)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The state dict without a frozen backbone, which its own weights file holds."""
+        state = self.state_dict()
+        return {k: v for k, v in state.items() if not (self.frozen and k.startswith("backbone."))}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`trained_state`."""
+        own = self.trained_state()
+        if state.keys() != own.keys():
+            odd = sorted(state.keys() ^ own.keys())
+            raise ValueError(f"CamNet: expected the tensors of this architecture, names differ in {odd[:5]}")
+        self.load_state_dict(state, strict=not self.frozen)
+
+
+def build_cam_net(
+    name: str, classes: int, *, dim: int, width: int = 64, logit_scale: float = 1.0, frozen: bool = False
+) -> CamNet:
+    """A :class:`CamNet` on the backbone of that name. Activations of a frozen backbone are standardised."""
+    backbone = build_backbone(name, width)
+    standardise = frozen
+    return CamNet(backbone, classes, dim, logit_scale=logit_scale, standardise=standardise, frozen=frozen)

@@ -1,0 +1,276 @@
+"""Train a classifier, then RCM and MAM from the same weights, and compare: ``python -m pssl.train``.
+
+Without arguments this runs on the embedded synthetic data. OUT (``--out``) holds afterwards: config.yaml (runs the
+same again), metrics.json, summary.csv, losses.csv, checkpoints/ and pictures/. With several seeds the last three
+have a folder per seed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pssl.cli import parse, to_yaml
+from pssl.config import TrainConfig
+from pssl.data.voc import VOCFolder
+from pssl.engine import distributed
+from pssl.engine.cam_files import even_selection
+from pssl.engine.checkpoint import write_text
+from pssl.engine.inference import READOUTS, Prototypes, final_prototypes, read_images
+from pssl.engine.inputs import ActivationInputs, Inputs
+from pssl.engine.log import Log
+from pssl.engine.loop import Stage, run_stage
+from pssl.engine.pictures import draw_comparison
+from pssl.engine.results import commit, summarise, to_csv, to_table, versions
+from pssl.engine.scoring import Scorer
+from pssl.engine.workspace import build_inputs, new_net, open_data, resolve_device, save_net
+from pssl.method.losses import Objective
+from pssl.method.support import SupportNet
+from pssl.models.cam_net import CamNet
+
+
+@dataclass
+class Experiment:
+    """The data of a run, opened once for all seeds and arms."""
+
+    config: TrainConfig
+    folder: VOCFolder
+    inputs: dict[str, Inputs]
+    """By role: "train", "val"."""
+    device: torch.device
+    log: Log
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Names of the regions: background, then the classes."""
+        return ("background", *self.folder.classes)
+
+    def scored_indices(self, role: str) -> list[int]:
+        """The images of a role that are scored: all, or an even selection of the training images."""
+        limit = self.config.evaluation.train_images if role == "train" else None
+        return even_selection(len(self.inputs[role].ids), limit)
+
+
+def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Experiment:
+    """Open the data and make its inputs, activations of a frozen backbone included."""
+    folder = open_data(config.data)
+    net = new_net(config.model, len(folder.classes), config.seed_list[0], log.say).to(device)
+    scales = {1.0, *config.inference.scales, *config.method.support.scales, *config.method.mam.scales}
+    inputs = {}
+    for role, split in (("train", config.data.train_split), ("val", config.data.val_split)):
+        ids = folder.ids(split)
+        inputs[role] = build_inputs(folder, ids, net, config.data, config.model, scales, log)
+        log.say(f"{role}: {len(ids)} images of {folder.name}, split {split}, {len(folder.classes)} classes")
+    return Experiment(config, folder, inputs, device, log)
+
+
+def train_stage(
+    experiment: Experiment, name: str, net: CamNet, seed: int, out: Path, *, rcm: bool, mam: bool
+) -> Stage:
+    """Train `net` in place: stage 1 if `name` is "classifier", else an arm on top of it."""
+    config = experiment.config
+    schedule, first = config.schedule, name == "classifier"
+    objective = Objective(config.method, net.classes, net.dim, config.data.size, rcm=rcm, mam=mam).to(
+        experiment.device
+    )
+    support = None
+    if objective.needs_support:
+        support = SupportNet(net, config.method.support.mode, config.method.support.momentum)
+    stage = Stage(
+        name=name,
+        draws="stage1" if first else "arm",
+        net=net,
+        support=support,
+        objective=objective,
+        inputs=experiment.inputs["train"],
+        epochs=schedule.classifier_epochs if first else schedule.arm_epochs,
+        lr=schedule.lr * (1.0 if first else schedule.arm_lr_factor),
+        schedule=schedule,
+        seed=seed,
+        state_path=out / "checkpoints" / f"{name}.state.pt",
+    )
+    log = experiment.log
+    with log.progress(f"train {name}", stage.steps) as bar:
+
+        def on_step(values: dict[str, float]) -> None:
+            log.take_losses(f"{seed}/{name}", values)
+            terms = (f"{k} {values[k]:.3f}" for k in ("classification", "rcm", "mam") if k in values)
+            bar.advance(1, "  ".join(terms))
+
+        run_stage(stage, resume=config.resume, on_step=on_step)
+    return stage
+
+
+def score(experiment: Experiment, name: str, net: CamNet, prototypes: Prototypes) -> dict[str, dict]:
+    """Both readouts on both splits, at the threshold that is best on the train split."""
+    config, folder = experiment.config, experiment.folder
+    results = {}
+    for role in ("train", "val"):
+        inputs = experiment.inputs[role]
+        indices = experiment.scored_indices(role)
+        scorers = {r: Scorer(len(experiment.regions), config.evaluation.steps) for r in READOUTS}
+        masks = {}
+
+        def size_of(image_id: str, masks=masks) -> tuple[int, int]:
+            masks[image_id] = folder.mask(image_id)
+            return masks[image_id].shape
+
+        with experiment.log.progress(f"score {name} on {role}", len(indices)) as bar:
+            own = distributed.share(indices)
+            for maps in read_images(net, inputs, own, size_of, config.inference, prototypes):
+                mask, parts = masks.pop(maps.id), folder.parts(maps.id)
+                for readout, scorer in scorers.items():
+                    scorer.add(maps.maps[readout], maps.class_ids, mask, parts)
+                bar.advance()
+        results[role] = {readout: scorer.result() for readout, scorer in scorers.items()}
+    summaries = {}
+    for readout in READOUTS:
+        threshold = results["train"][readout].best_threshold
+        split = config.data.train_split
+        summaries[readout] = {
+            role: results[role][readout].summary(experiment.regions, threshold, split) for role in results
+        }
+    return summaries
+
+
+def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
+    """Train and score all arms for one seed; write checkpoints and pictures; return the results."""
+    config, folder = experiment.config, experiment.folder
+    stage1 = new_net(config.model, len(folder.classes), seed).to(experiment.device)
+    train_inputs = experiment.inputs["train"]
+    if isinstance(train_inputs, ActivationInputs):
+        stage1.set_channel_statistics(*train_inputs.channel_statistics())
+    first = train_stage(experiment, "classifier", stage1, seed, out, rcm=False, mam=False)
+    arms, nets = {}, {}
+    for arm in config.arms:
+        net, stage = stage1, first
+        if arm != "classifier":
+            net = stage1.twin()
+            stage = train_stage(experiment, arm, net, seed, out, rcm="rcm" in arm, mam="mam" in arm)
+        prototypes = final_prototypes(
+            net,
+            train_inputs,
+            config.data.size,
+            config.method.rcm,
+            config.inference,
+            config.method.support.scales,
+        )
+        nets[arm] = net
+        begin = time.perf_counter()
+        readouts = score(experiment, arm, net, prototypes)
+        for readout, scores in readouts.items():
+            figures = ", ".join(f"{role} {scores[role]['miou']:.1f}" for role in scores)
+            experiment.log.say(
+                f"{arm}, {readout}: mIoU {figures} at threshold {scores['val']['threshold']:.2f}"
+            )
+        arms[arm] = {
+            "readouts": readouts,
+            "steps_after_stage_1": 0 if arm == "classifier" else stage.steps,
+            "seconds_training": round(stage.seconds, 2),
+            "seconds_scoring": round(time.perf_counter() - begin, 2),
+        }
+        if distributed.is_first():
+            save_net(
+                out / "checkpoints" / f"{arm}.safetensors",
+                net,
+                prototypes,
+                config.model,
+                folder.classes,
+                config.data.size,
+                arm=arm,
+                seed=seed,
+                steps=first.steps + arms[arm]["steps_after_stage_1"],
+                thresholds={readout: readouts[readout]["val"]["threshold"] for readout in READOUTS},
+            )
+    if distributed.is_first():
+        draw_pictures(experiment, nets, out / "pictures")
+    return {"seed": seed, "stage_1_steps": first.steps, "arms": arms}
+
+
+def draw_pictures(experiment: Experiment, nets: dict[str, CamNet], out: Path) -> None:
+    """Image, truth, the classifier's CAM and the CAM of the fullest arm, for a few held-out images."""
+    config, folder, inputs = experiment.config, experiment.folder, experiment.inputs["val"]
+    count = min(config.pictures, len(inputs.ids))
+    if not count:
+        return
+    indices = [i * len(inputs.ids) // count for i in range(count)]
+    shown = [arm for arm in ("classifier_long", "classifier") if arm in nets][:1]
+    shown += [arm for arm in ("rcm+mam", "rcm", "mam") if arm in nets][:1]
+    readings = [
+        list(read_images(nets[arm], inputs, indices, lambda i: folder.mask(i).shape, config.inference, None))
+        for arm in shown
+    ]
+    for position in range(count):
+        first = readings[0][position] if readings else None
+        if first is not None:
+            draw_comparison(
+                out / f"{first.id}.png",
+                folder.image(first.id),
+                folder.mask(first.id),
+                [(arm, maps[position].maps["cam"]) for arm, maps in zip(shown, readings, strict=True)],
+                first.class_ids.tolist(),
+                folder.classes,
+            )
+
+
+def run(config: TrainConfig, log: Log | None = None) -> dict:
+    """The whole job; returns what metrics.json holds."""
+    begin = time.perf_counter()
+    device = resolve_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    distributed.start(device)
+    log = log or Log()
+    if distributed.is_first():
+        write_text(config.out / "config.yaml", to_yaml(config))
+    experiment = open_experiment(config, device, log)
+    runs = []
+    for seed in config.seed_list:
+        out = config.out if len(config.seed_list) == 1 else config.out / f"seed_{seed}"
+        runs.append(run_seed(experiment, seed, out))
+    rows = summarise(runs)
+    metrics = {
+        "data": {
+            "root": experiment.folder.name,
+            "variant": config.data.variant if config.data.root is None else None,
+            "train": {"split": config.data.train_split, "images": len(experiment.inputs["train"].ids)},
+            "val": {"split": config.data.val_split, "images": len(experiment.inputs["val"].ids)},
+            "classes": list(experiment.folder.classes),
+        },
+        "seeds": list(config.seed_list),
+        "scales": list(config.inference.scales),
+        "flip": config.inference.flip,
+        "commit": commit(),
+        "versions": versions(),
+        "ranks": distributed.world_size(),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "summary": rows,
+        "runs": runs,
+    }
+    if distributed.is_first():
+        write_text(config.out / "metrics.json", json.dumps(metrics, indent=1))
+        write_text(config.out / "summary.csv", to_csv(rows))
+        log.write_losses(config.out / "losses.csv")
+        seeds = ", ".join(map(str, config.seed_list))
+        log.console.print(to_table(rows, f"{experiment.folder.name}, seed {seeds}: mIoU in percent"))
+        log.say(f"{metrics['seconds']:.0f} s in all; results in {config.out}")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    config = parse(TrainConfig, argv, prog="python -m pssl.train")
+    try:
+        run(config)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Fixtures of the training tests: a tiny synthetic folder, a tiny configuration, the photographs where they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pssl.config import TrainConfig
+from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic VOC folder of 16 training and 6 held images, 48 pixels."""
+    root = tmp_path_factory.mktemp("synthetic") / "tiny"
+    return ensure_synthetic(root, SyntheticConfig(train=16, val=6, size=48))
+
+
+@pytest.fixture
+def tiny_config(tiny_root: Path, tmp_path: Path) -> TrainConfig:
+    """A run of four steps a stage."""
+    config = TrainConfig(out=tmp_path / "run", pictures=1)
+    config.data.root, config.data.size = tiny_root, 48
+    config.model.width, config.model.dim = 16, 8
+    config.schedule.classifier_epochs, config.schedule.arm_epochs, config.schedule.batch_size = 1, 1, 4
+    config.inference.scales, config.inference.batch_size = (1.0, 1.5), 4
+    config.evaluation.steps = 10
+    return config
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """VOC2012mini: $PSSL_VOC, or ../shared/data/VOC2012mini beside the repository."""
+    root = Path(os.environ.get("PSSL_VOC", REPOSITORY.parent / "shared/data/VOC2012mini"))
+    if not (root / "JPEGImages").is_dir():
+        pytest.skip(f"no photographs: set PSSL_VOC to a VOC 2012 folder ({root} is none)")
+    return root

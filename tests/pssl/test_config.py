@@ -1,0 +1,84 @@
+"""Configuration: files, flags, recipes, and what happens to a wrong key or value."""
+
+import re
+
+import pytest
+import yaml
+
+from pssl.cli import from_dict, parse, to_dict, to_yaml
+from pssl.config import TrainConfig
+
+
+def parse_error(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    with pytest.raises(SystemExit) as error:
+        parse(TrainConfig, list(argv))
+    return f"{error.value} {capsys.readouterr()}"
+
+
+def test_yaml_round_trip_repeats_the_run(tmp_path):
+    flags = ["--model.backbone", "efficientnet_lite0", "--data.root", "somewhere", "--seeds", "0,1,2"]
+    config = parse(TrainConfig, [*flags, "--arms", "rcm,rcm+mam", "--method.rcm.background", "0.2"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse(TrainConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+    assert from_dict(TrainConfig, to_dict(config), "here") == config
+
+
+def test_recipe_then_file_then_flags(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: {rcm: {foreground: 0.5}}\nschedule: {batch_size: 8}\n")
+    flags = ["--model.backbone", "efficientnet_lite0", "--schedule.batch-size", "4"]
+    config = parse(TrainConfig, [f"--config={path}", *flags])
+    assert config.recipe == "photographs" and config.model.frozen and config.data.size == 256
+    assert config.method.rcm.foreground == 0.5 and config.schedule.batch_size == 4
+    assert parse(TrainConfig, []).recipe == "synthetic"
+
+
+def test_backbone_in_a_file_brings_its_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {backbone: efficientnet_lite0}")
+    assert parse(TrainConfig, ["--config", str(path)]).model.frozen
+
+
+def test_lists_take_commas_and_blanks():
+    assert parse(TrainConfig, ["--seeds", "3,1", "2"]).seed_list == (3, 1, 2)
+    assert parse(TrainConfig, ["--inference.scales", "0.5,1"]).inference.scales == (0.5, 1.0)
+    assert parse(TrainConfig, ["--seed", "7"]).seed_list == (7,)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: {rot: x}", "unknown key 'data.rot'; the nearest known key is 'data.root'"),
+        ("backbone: small", "unknown key 'backbone'; the nearest known key is 'model.backbone'"),
+        ("data: 3", "data expected a mapping, got 3"),
+        ("schedule: {batch_size: many}", "schedule.batch_size expected int, got 'many'"),
+        (
+            "model: {backbone: vgg}",
+            "model.backbone expected one of ('small', 'efficientnet_lite0'), got 'vgg'",
+        ),
+        ("arms: [rmc]", "arms: expected names from classifier"),
+        ("- 1", "expected a mapping of keys to values, got list"),
+        ("a: [", "expected a readable YAML file"),
+    ],
+)
+def test_wrong_file_names_file_and_key(tmp_path, capsys, text, expected):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    message = parse_error(capsys, "--config", str(path))
+    assert expected in message and str(path) in message
+
+
+def test_wrong_flags(capsys):
+    assert "expected one of photographs" in parse_error(capsys, "--recipe", "nothing")
+    assert "--data.root" in parse_error(capsys, "--data.rot", "x")
+    assert "expected a YAML file" in parse_error(capsys, "--config")
+
+
+def test_every_field_says_what_it_is(capsys):
+    """--help lists each key with a text."""
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for key in ("--data.root", "--method.rcm.temperature", "--schedule.lr", "--seeds"):
+        assert key in shown
+    assert yaml.safe_load(to_yaml(TrainConfig()))["method"]["rcm"]["temperature"] == 0.5

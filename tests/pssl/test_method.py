@@ -1,0 +1,218 @@
+"""SupportNet, RCM, MAM and the objective, against literal loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pssl.config import MethodConfig, RCMConfig
+from pssl.method.losses import Objective, classification_loss
+from pssl.method.rcm import RCM, PrototypeMemory, image_prototypes, leave_one_out
+from pssl.method.support import SupportNet
+from pssl.models.cam_net import build_cam_net
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return build_cam_net("small", 3, dim=8, width=16)
+
+
+def inputs(scales, batch=4, size=24):
+    generator = torch.Generator().manual_seed(1)
+    return {s: torch.rand(batch, 3, int(size * s), int(size * s), generator=generator) for s in scales}
+
+
+def labels(batch=4):
+    return torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 0]])[:batch]
+
+
+def test_ema_formula(net):
+    support = SupportNet(net, "ema", 0.9)
+    before = {k: v.clone() for k, v in support.net.state_dict().items()}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    net.train()(inputs([1.0])[1.0])  # moves batch norm's statistics
+    support.update(net)
+    for name, value in support.net.state_dict().items():
+        main = net.state_dict()[name]
+        if value.is_floating_point():
+            torch.testing.assert_close(value, 0.9 * before[name] + 0.1 * main, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(value, main)
+
+
+def test_frozen_support_stays_and_shared_support_follows(net):
+    frozen, shared = SupportNet(net, "frozen"), SupportNet(net, "shared")
+    before = frozen.net.embed.weight.clone()
+    with torch.no_grad():
+        net.embed.weight.add_(1)
+    for support in (frozen, shared):
+        support.update(net)
+    assert torch.equal(frozen.net.embed.weight, before)
+    assert shared.net is net
+
+
+@pytest.mark.parametrize("mode", ["ema", "frozen", "shared"])
+def test_support_has_no_gradient_and_uses_running_statistics(net, mode):
+    support = SupportNet(net, mode).train()
+    net.train()
+    x = inputs([1.0])[1.0]
+    before = net.state_dict()["backbone.layers.1.running_mean"].clone()
+    output = support(x)
+    assert not output.cam.requires_grad and net.training
+    assert torch.equal(before, net.state_dict()["backbone.layers.1.running_mean"])
+    torch.testing.assert_close(output.cam, net.eval()(x).cam.detach())
+
+
+@pytest.mark.parametrize(("name", "value"), [("mode", "mean"), ("momentum", 1.5)])
+def test_support_arguments(net, name, value):
+    with pytest.raises(ValueError, match=name):
+        SupportNet(net, **{name: value})
+
+
+def test_image_prototypes_are_mean_directions():
+    features = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    regions = torch.tensor(
+        [[[0, 0, 1], [1, 2, 2], [255, 255, 0]], [[0, 0, 0], [0, 0, 0], [1, 1, 255]]]
+    ).byte()
+    prototypes, present = image_prototypes(features, regions, 4)
+    assert present.tolist() == [[True, True, True, False], [True, True, False, False]]
+    for b in range(2):
+        for c in range(3):
+            if present[b, c]:
+                pixels = features[b, :, regions[b] == c]
+                mean = (pixels / pixels.norm(dim=0)).mean(1)
+                torch.testing.assert_close(prototypes[b, c], mean / mean.norm())
+
+
+def test_leave_one_out_equals_the_literal_loop():
+    generator = torch.Generator().manual_seed(3)
+    prototypes = F.normalize(torch.randn(6, 4, 5, generator=generator), dim=-1)
+    present = torch.rand(6, 4, generator=generator) < 0.5
+    present[:, 3] = False
+    present[1:, 2], present[0, 2] = False, True
+    prototypes = torch.where(present[..., None], prototypes, 0)
+    memory = torch.randn(4, 5, generator=generator)
+    filled = torch.tensor([True, True, True, False])
+    result, valid = leave_one_out(prototypes[2:4], present[2:4], prototypes, present, memory, filled)
+    for row, image in enumerate((2, 3)):
+        for region in range(4):
+            others = [prototypes[j, region] for j in range(6) if j != image and present[j, region]]
+            assert bool(valid[row, region]) == (len(others) > 0 or bool(filled[region]))
+            expected = torch.stack(others).mean(0) if others else memory[region]
+            torch.testing.assert_close(result[row, region], expected)
+    alone, alone_valid = leave_one_out(prototypes[:1], present[:1], prototypes, present, memory, ~filled)
+    assert not alone_valid[0, 2], "an image must not be compared with itself"
+    assert alone.shape == (1, 4, 5)
+
+
+def test_memory_holds_the_last_ones():
+    memory = PrototypeMemory(2, 3, depth=2)
+    assert memory.mean()[1].tolist() == [False, False]
+    rows = torch.arange(4.0)[:, None, None].expand(4, 2, 3)
+    present = torch.tensor([[True, False], [True, False], [False, True], [True, False]])
+    memory.push(rows, present)
+    mean, filled = memory.mean()
+    assert filled.tolist() == [True, True]
+    assert mean[0].tolist() == [2.0] * 3 and mean[1].tolist() == [2.0] * 3  # (1 + 3) / 2, and 2
+    nothing = PrototypeMemory(2, 3, depth=0)
+    nothing.push(rows, present)
+    assert nothing.mean()[1].tolist() == [False, False]
+
+
+def test_rcm_loss_is_cross_entropy_of_cosines():
+    """The whole module against the formulas, at label resolution above the feature grid."""
+    generator = torch.Generator().manual_seed(4)
+    config = RCMConfig(temperature=0.2, foreground=0.5, background=0.3)
+    rcm = RCM(3, 6, 8, config)
+    main = torch.randn(4, 6, 4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    support = torch.randn(4, 6, 4, 4, generator=generator, dtype=torch.float64)
+    cams = [torch.randn(4, 3, n, n, generator=generator, dtype=torch.float64) for n in (2, 4)]
+    loss = rcm(main, support, cams, labels())
+    loss.backward()
+
+    def up(x):
+        return F.interpolate(x, size=(8, 8), mode="bilinear", align_corners=False)
+
+    total = sum(up(c).relu() for c in cams) * labels()[:, :, None, None]
+    total = total / (total.amax((2, 3), keepdim=True) + 1e-5)
+    best, index = total.max(1)
+    regions = torch.where(best >= 0.5, index + 1, torch.where(best < 0.3, 0, 255))
+    own, present = image_prototypes(support, regions.byte(), 4)
+    values, wanted = [], []
+    pixels = F.normalize(up(main.detach()), dim=1)
+    for image in range(4):
+        rows = {}
+        for region in range(4):
+            others = [own[j, region] for j in range(4) if j != image and present[j, region]]
+            if others:
+                rows[region] = F.normalize(torch.stack(others).mean(0), dim=0)
+        for y in range(8):
+            for x in range(8):
+                if int(regions[image, y, x]) in rows:
+                    values.append(
+                        torch.stack([pixels[image, :, y, x] @ p.to(pixels) / 0.2 for p in rows.values()])
+                    )
+                    wanted.append(list(rows).index(int(regions[image, y, x])))
+    expected = torch.stack(
+        [F.cross_entropy(v[None], torch.tensor([w])) for v, w in zip(values, wanted, strict=True)]
+    ).mean()
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert main.grad is not None and support.grad is None
+    assert rcm.memory.pushed.tolist() == present.sum(0).tolist()
+
+
+def count_passes(module):
+    """The list that input sizes are added to as `module` is called."""
+    seen = []
+    module.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[-1]))
+    return seen
+
+
+@pytest.mark.parametrize(("rcm", "mam"), [(False, False), (True, False), (False, True), (True, True)])
+def test_each_scale_is_passed_once(net, rcm, mam):
+    objective = Objective(MethodConfig(), 3, 8, 24, rcm=rcm, mam=mam)
+    support = SupportNet(net)
+    main_sizes, support_sizes = count_passes(net), count_passes(support)
+    given = inputs(objective.scales)
+    losses = objective(net, support, given, labels())
+    sizes = [int(24 * s) for s in (0.5, 1, 1.5, 2)]
+    assert sorted(main_sizes) == ([12, 24, 48] if mam else [24])
+    assert sorted(support_sizes) == (sizes if rcm or mam else [])
+    assert set(losses) == {"classification", "total", *(["rcm"] if rcm else []), *(["mam"] if mam else [])}
+    terms = [losses[name] for name in losses if name != "total"]
+    torch.testing.assert_close(losses["total"], sum(terms))
+    losses["total"].backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert all(p.grad is None for p in support.parameters())
+
+
+def test_mam_loss_equals_the_formula(net):
+    objective = Objective(MethodConfig(), 3, 8, 24, mam=True)
+    given = inputs(objective.scales)
+    support = SupportNet(net)
+    with torch.no_grad():
+        net.classifier.weight.mul_(1.5)
+        value = objective(net.eval(), support, given, labels())["mam"]
+        present = labels()[:, :, None, None]
+
+        def at_grid(x):
+            return F.interpolate(x, size=(6, 6), mode="bilinear", align_corners=False).relu() * present
+
+        targets = [at_grid(support(given[t]).cam) for t in (0.5, 1.0, 1.5, 2.0)]
+        expected = 0.0
+        for scale in (0.5, 1.0, 2.0):
+            main = at_grid(net(given[scale]).cam)
+            weighted = 0.0
+            for target in targets:
+                weight = 2 - F.cosine_similarity(main.flatten(2), target.flatten(2), dim=2)
+                weighted = weighted + weight[:, :, None, None] * target / len(targets)
+            expected = expected + F.l1_loss(main, weighted)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_classification_loss_is_the_soft_margin():
+    logits = torch.randn(4, 3)
+    expected = -(labels() * F.logsigmoid(logits) + (1 - labels()) * F.logsigmoid(-logits)).mean()
+    torch.testing.assert_close(classification_loss(logits, labels()), expected)

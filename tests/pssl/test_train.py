@@ -1,0 +1,143 @@
+"""The commands end to end on a tiny set: files, table, CAM files, scores, repeats."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from pssl import cams, evaluate, train
+from pssl.cli import parse
+from pssl.config import ARMS, TrainConfig
+from pssl.data import VOCFolder
+from pssl.engine.cam_files import write_cams
+from pssl.engine.log import Log
+from pssl.engine.workspace import load_net
+
+
+@pytest.fixture(autouse=True)
+def deterministic_mode_ends_with_the_test():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def quiet() -> Log:
+    return Log(Console(file=io.StringIO(), width=120))
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds")}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def test_all_arms_leave_their_files(tiny_config):
+    log = quiet()
+    metrics = train.run(tiny_config, log)
+    out = tiny_config.out
+    assert parse(TrainConfig, ["--config", str(out / "config.yaml")]) == dataclasses.replace(
+        tiny_config, recipe="synthetic"
+    )
+    assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert list(metrics["runs"][0]["arms"]) == list(ARMS)
+    for arm, entry in metrics["runs"][0]["arms"].items():
+        assert entry["steps_after_stage_1"] == (0 if arm == "classifier" else 4)
+        assert load_net(out / "checkpoints" / f"{arm}.safetensors").description["arm"] == arm
+        for readout in ("cam", "prototype"):
+            scores = entry["readouts"][readout]
+            assert (scores["train"]["images"], scores["val"]["images"]) == (16, 6)
+            assert scores["val"]["threshold"] == scores["train"]["best_threshold_on_this_split"]
+            assert scores["val"]["threshold_from"] == "train" and len(scores["val"]["curve"]) == 9
+            assert set(scores["val"]["iou"]) == {"background", *metrics["data"]["classes"]}
+            assert set(scores["val"]["activation"]) == {"part", "body", "background"}
+    rows = list(csv.DictReader((out / "summary.csv").open()))
+    assert [(r["arm"], r["readout"]) for r in rows] == [(a, r) for a in ARMS for r in ("cam", "prototype")]
+    losses = list(csv.DictReader((out / "losses.csv").open()))
+    assert len(losses) == 5 * 4 and losses[-1]["rcm"] and losses[-1]["mam"] and not losses[0]["rcm"]
+    assert len(list((out / "pictures").glob("*.png"))) == 1
+    table = log.console.file.getvalue()
+    assert all(arm in table for arm in ARMS) and "mIoU val" in table and "threshold picked on" in table
+
+
+def test_same_seed_same_metrics_and_other_seed_others(tiny_config):
+    tiny_config.arms = ("rcm+mam",)
+    first = train.run(tiny_config, quiet())
+    second = train.run(tiny_config, quiet())
+    assert without_times(first) == without_times(second)
+    tiny_config.seed = 1
+    assert without_times(train.run(tiny_config, quiet()))["runs"] != without_times(first)["runs"]
+
+
+def test_several_seeds_report_mean_and_spread(tiny_config):
+    tiny_config.arms, tiny_config.seeds = ("classifier",), (0, 1)
+    metrics = train.run(tiny_config, quiet())
+    values = [run["arms"]["classifier"]["readouts"]["cam"]["val"]["miou"] for run in metrics["runs"]]
+    row = metrics["summary"][0]
+    assert row["val_miou"] == pytest.approx(np.mean(values))
+    assert row["val_miou_std"] == pytest.approx(np.std(values, ddof=1)) and row["seeds"] == 2
+    assert (tiny_config.out / "seed_1/checkpoints/classifier.safetensors").is_file()
+
+
+def test_resumed_run_gives_the_same_numbers(tiny_config):
+    tiny_config.arms = ("rcm",)
+    first = train.run(tiny_config, quiet())
+    (tiny_config.out / "checkpoints/rcm.state.pt").unlink()
+    tiny_config.resume = True
+    log = quiet()
+    assert without_times(train.run(tiny_config, log)) == without_times(first)
+    assert {row["stage"] for row in log.losses} == {"0/rcm"}, "stage 1 was trained again"
+
+
+@pytest.mark.parametrize("readout", ["cam", "prototype"])
+def test_cam_files_score_as_training_said(tiny_config, tmp_path, readout):
+    tiny_config.arms = ("rcm",)
+    metrics = train.run(tiny_config, quiet())
+    for split in ("train", "val"):
+        folder = tmp_path / f"{readout}_{split}"
+        written = cams.run(
+            cams.CamsConfig(
+                checkpoint=tiny_config.out / "checkpoints/rcm.safetensors",
+                data=tiny_config.data,
+                split=split,
+                readout=readout,
+                inference=tiny_config.inference,
+                out=folder,
+            ),
+            quiet(),
+        )
+        said = metrics["runs"][0]["arms"]["rcm"]["readouts"][readout][split]
+        assert written == said["images"]
+        config = evaluate.EvaluateConfig(
+            cams=folder,
+            data=tiny_config.data,
+            split=split,
+            threshold=said["threshold"],
+            evaluation=tiny_config.evaluation,
+        )
+        scored = evaluate.run(config, quiet())
+        for key in ("miou", "iou", "curve", "activation", "best_threshold_on_this_split", "images"):
+            assert scored[key] == said[key], key
+        assert json.loads((folder / "scores.json").read_text())["miou"] == said["miou"]
+
+
+def test_checkpoint_of_other_classes_is_refused(tiny_config, photographs, tmp_path):
+    tiny_config.arms = ("classifier",)
+    train.run(tiny_config, quiet())
+    config = cams.CamsConfig(checkpoint=tiny_config.out / "checkpoints/classifier.safetensors", out=tmp_path)
+    config.data.root = photographs
+    with pytest.raises(ValueError, match="expected the checkpoint's classes"):
+        cams.run(config, quiet())
+
+
+def test_missing_cam_files_and_other_thresholds_are_named(tiny_config, tmp_path):
+    config = evaluate.EvaluateConfig(cams=tmp_path, data=tiny_config.data, split="val", threshold=0.123)
+    with pytest.raises(FileNotFoundError, match="expected a file"):
+        evaluate.run(config, quiet())
+    for image_id in VOCFolder(tiny_config.data.root).ids("val"):
+        write_cams(tmp_path, image_id, torch.zeros(1, 48, 48), torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"threshold: expected one of \[0.01, .* got 0.123"):
+        evaluate.run(config, quiet())
