@@ -3,7 +3,7 @@
     python benchmarks/bench_rcm.py            # prints the tables, writes runs/bench/rcm-<device>.json
 
 Providers: ``peers`` upsamples the features, pools by a one-hot product, materialises unit features and logits;
-``class_loop`` pools by a loop over the classes (same grid alone: at 8× it takes half a minute); ``eager`` is the best
+``class_loop`` pools by a loop over the classes (same grid alone: at 8× it takes too long); ``eager`` is the best
 without a kernel of its own (the norm applied to masks and logits); ``compiled`` is that through torch.compile; ours
 comes last, named after the backend that ran.
 """
