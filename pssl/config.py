@@ -126,7 +126,7 @@ class RCMConfig:
 
 @dataclass
 class MAMConfig:
-    """Multi-scale Attention Module (paper, section 3)."""
+    """Multi-scale Attentive Module (paper, section 3)."""
 
     weight: float = 1.0
     """Weight of the loss (paper: 1)."""

@@ -1,4 +1,4 @@
-"""MAM, the Multi-scale Attention Module: MainNet's CAMs at each scale learn from SupportNet's at all scales."""
+"""MAM, the Multi-scale Attentive Module: MainNet's CAMs at each scale learn from SupportNet's at all scales."""
 
 from __future__ import annotations
 

@@ -24,18 +24,26 @@ def reference(
     normalize: bool,
     ignore_index: int,
 ) -> Tensor:  # int64 [T,C,C]
-    """The literal loop over thresholds and images that ``cam_sweep`` stands for."""
-    counts = torch.zeros(
-        len(thresholds), num_regions, num_regions, dtype=torch.int64, device=thresholds.device
-    )
+    """One histogram [ground truth, best class, thresholds below the maximum], then cumulative sums.
+
+    With background score t a pixel is its best class if its maximum is above t; the best class does not depend on t.
+    So all that a threshold can ask of a pixel is how many thresholds lie strictly below its maximum.
+    """
+    ordered, order = thresholds.sort(stable=True)
+    bins = len(ordered) + 1
+    histogram = torch.zeros(num_regions**2 * bins, dtype=torch.int64, device=thresholds.device)
     for cam, ids, truth in zip(cams, class_ids, ground_truth, strict=True):
         best, region = _best_class(cam, ids, tuple(truth.shape), normalize)
+        best = torch.where(best.isnan(), -torch.inf, best).to(ordered.dtype)  # NaN is above no threshold
+        below = torch.bucketize(best, ordered)  # the number of thresholds < best
         counted = truth != ignore_index
-        for t, threshold in enumerate(thresholds):
-            prediction = torch.where(best > threshold, region, 0)
-            pairs = truth[counted].long() * num_regions + prediction[counted]
-            counts[t] += torch.bincount(pairs, minlength=num_regions**2).view(num_regions, num_regions)
-    return counts
+        cells = (truth[counted].long() * num_regions + region[counted]) * bins + below[counted]
+        histogram += torch.bincount(cells, minlength=len(histogram))
+    histogram = histogram.view(num_regions, num_regions, bins)
+    up_to = histogram.cumsum(2)[..., :-1]  # [C,C,T]: pixels whose maximum is not above threshold j
+    counts = histogram.sum(2, keepdim=True) - up_to
+    counts[:, 0] += up_to.sum(1)  # they are background
+    return torch.empty_like(counts.movedim(2, 0)).index_copy_(0, order, counts.movedim(2, 0)).contiguous()
 
 
 def _best_class(cam: Tensor, ids: Tensor, size: tuple[int, int], normalize: bool) -> tuple[Tensor, Tensor]:
