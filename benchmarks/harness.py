@@ -85,7 +85,7 @@ def check_agreement(problem: Problem, tolerance: float = 1e-4) -> dict[str, int]
 
 
 def measure(problem: Problem, bandwidth: float, seconds: float) -> list[Result]:
-    """Agreement, then times. Each provider gets about ``seconds`` for each pass, and more for three calls if they fit in
+    """Agreement, then times. Each provider gets about ``seconds`` for each pass, more for three calls if these fit in
     eight times that; one that is slower still is called once."""
     memory = {"forward+backward": check_agreement(problem)}
     memory["forward"] = {name: _with_peak_bytes(problem, name, False)[1] for name in problem.providers}
