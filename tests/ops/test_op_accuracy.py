@@ -67,14 +67,14 @@ def poisoned_memory():
 
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("grid, size", [(24, 192), (72, 72)])
+@pytest.mark.parametrize("grid, size", [(20, 120), (70, 70)])
 @pytest.mark.parametrize("op", ["prototype_pool", "prototype_contrast"])
 def test_several_tiles(op, grid, size, dtype, device):
     """More channels, classes and pixels than any one tile or vector of a kernel holds."""
     g = torch.Generator().manual_seed(2)
-    regions = torch.randint(0, 21, (2, size, size), generator=g)
+    regions = torch.randint(0, 21, (1, size, size), generator=g)
     regions[torch.rand(regions.shape, generator=g) < 0.2] = 255
-    args = dict(features=torch.randn(2, 130, grid, grid, generator=g).to(dtype), regions=regions)
+    args = dict(features=torch.randn(1, 130, grid, grid, generator=g).to(dtype), regions=regions)
     args["weights"] = torch.rand(regions.shape, generator=g)
     if op == "prototype_contrast":
         args["prototypes"] = torch.randn(21, 130, generator=g)
