@@ -3,9 +3,9 @@
     python benchmarks/bench_rcm.py            # prints the tables, writes runs/bench/rcm-<device>.json
 
 Providers: ``peers`` upsamples the features, pools by a one-hot product, materialises unit features and logits;
-``class_loop`` pools by a loop over the classes (same grid alone: at 8× it takes too long); ``eager`` is the best
-without a kernel of its own (the norm applied to masks and logits); ``compiled`` is that through torch.compile; ours
-comes last, named after the backend that ran.
+``class_loop`` pools by a loop over the classes (same grid alone: at 8× it takes half a minute); ``eager`` is the best
+without a kernel of its own (the norm applied to masks and logits); ``compiled`` is that through torch.compile (at 8×
+its backward takes 20 s: each operator alone, not the step); ours comes last, named after the backend that ran.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def problems(
     }
     ours = pssl_ext.explain("prototype_contrast", device).split(": ", 1)[1].split(" ")[0] + " (ours)"
 
-    def providers(make: Callable, chosen: tuple[str, ...], own: Callable) -> dict[str, Callable]:
+    def providers(
+        make: Callable, chosen: tuple[str, ...], own: Callable, compiled: bool = compiled
+    ) -> dict[str, Callable]:
         found = {name: make(*sides[name]) for name in chosen}
         if compiled:
             found["compiled"] = torch.compile(make(*sides["eager"]), dynamic=False)
@@ -156,7 +158,7 @@ def problems(
             f"RCM step (pool, then contrast), {label}",
             dict(features=features, support=support, regions=regions),
             ("features",),
-            providers(step, ("peers", "eager"), step(pool_ours, contrast_ours)),
+            providers(step, ("peers", "eager"), step(pool_ours, contrast_ours), compiled and grid == size),
             ours,
             (pool_bytes[0] + contrast_bytes[0], contrast_bytes[1]),
         ),
@@ -172,12 +174,15 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each problem, provider and pass")
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--only", default="", help="the problems whose title holds this text")
     args = parser.parse_args()
     print(pssl_ext.explain("prototype_contrast", args.device))
     bandwidth = copy_bandwidth(args.device)
     results: list[Result] = []
     for grid, size in ((128, 128), (56, 448)):
         for problem in problems(grid, size, args.device, not args.no_compile, args.batch):
+            if args.only not in problem.name:
+                continue
             found = measure(problem, bandwidth, args.seconds)
             show(problem.name, found)
             results += found
