@@ -99,9 +99,10 @@ def train_stage(
         def on_step(values: dict[str, float]) -> None:
             log.take_losses(f"{seed}/{name}", values)
             terms = (f"{k} {values[k]:.3f}" for k in ("classification", "rcm", "mam") if k in values)
-            bar.advance(1, "  ".join(terms))
+            bar.reach(int(values["step"]) + 1, "  ".join(terms))
 
         run_stage(stage, resume=config.resume, on_step=on_step)
+        bar.reach(stage.steps)  # epochs that were resumed count too
     return stage
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = "pssl-checkpoint-1"
@@ -42,7 +42,7 @@ def save_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, 
     """Write named tensors and a JSON description as one .safetensors file."""
     metadata = {"format": FORMAT, "description": json.dumps(description)}
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_atomically(path, lambda partial: save_file(own, partial, metadata))
+    write_atomically(path, lambda partial: partial.write_bytes(save(own, metadata)))
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

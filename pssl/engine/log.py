@@ -60,6 +60,11 @@ class Bar:
         self._progress = progress
         self._task = task
 
+    def reach(self, count: int, note: str | None = None) -> None:
+        """`count` steps are done in all; `note` stands beside the bar, None leaves what stood there."""
+        fields = {} if note is None else {"note": note}
+        self._progress.update(self._task, completed=count, **fields)
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more steps are done; `note` stands beside the bar."""
         self._progress.update(self._task, advance=count, note=note)
