@@ -19,7 +19,8 @@ def test_short_run_on_photographs(photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("PSSL_CACHE", str(tmp_path / "cache"))
     flags = "--model.backbone efficientnet_lite0 --data.size 128 --data.train-split val --arms classifier,rcm"
     flags += " --schedule.classifier-epochs 12 --schedule.arm-epochs 1 --evaluation.steps 5"
-    flags += " --evaluation.train-images 40 --inference.scales 1 --method.support.scales 1 --method.mam.scales 1 --pictures 1"
+    flags += " --evaluation.train-images 40 --inference.scales 1 --method.support.scales 1"
+    flags += " --method.mam.scales 1 --pictures 1"
     config = parse(
         TrainConfig, [*flags.split(), "--data.root", str(photographs), "--out", str(tmp_path / "run")]
     )
