@@ -25,6 +25,9 @@ from pssl_ext.registry import OPS, OpSpec, Sample
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 ACCUMULATION_ROUNDINGS = 16  # that a result may be away, relative to its largest magnitude
+# In float64 the truth is a computation of the same precision: its own error reads 0, and how much a sum with
+# cancellation loses depends on the order in which the processor's matrix product takes it.
+FLOAT64_ROUNDINGS = 64
 
 
 # -- layouts -------------------------------------------------------------------------------------------------
@@ -217,14 +220,16 @@ def allowed(own: Errors, true: Tensor, result: torch.dtype, accumulation: torch.
         return Errors(0.0)
     info = torch.finfo(result)
     rounding = info.eps / 2
-    relative = rounding + ACCUMULATION_ROUNDINGS * torch.finfo(accumulation).eps
+    roundings = FLOAT64_ROUNDINGS if accumulation == torch.float64 else ACCUMULATION_ROUNDINGS
+    drift = roundings * torch.finfo(accumulation).eps
+    relative = rounding + drift
     subnormal = info.smallest_normal * info.eps  # below it half-precision gradients vanish
     top, magnitude = float(true.abs().max()), float(true.abs().mean())
     rms = float(true.double().square().mean().sqrt())
     if rms == 0:
         return Errors(2 * own.largest)
     # independent roundings average out over n values, what the accumulation does to all of them does not
-    bias = 4 * rounding / math.sqrt(true.numel()) + ACCUMULATION_ROUNDINGS * torch.finfo(accumulation).eps
+    bias = 4 * rounding / math.sqrt(true.numel()) + drift
     bias += subnormal / magnitude
     return Errors(
         2 * own.largest + relative * top + subnormal,
