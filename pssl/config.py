@@ -73,8 +73,9 @@ class ModelConfig:
 class ScheduleConfig:
     """Optimiser and how long each stage runs."""
 
-    classifier_epochs: int = 17
-    """Epochs of stage 1, the classifier alone. Measured: its training loss has flattened."""
+    classifier_epochs: int = 30
+    """Epochs of stage 1, the classifier alone. Measured on the embedded set: from 17 to 30 its CAMs
+    change by less than seeds differ, and what the arms add to them doubles."""
     arm_epochs: int = 4
     """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
     batch_size: int = 16
