@@ -30,6 +30,10 @@ SIMD_FLAGS = {
 # liberties; -ffast-math would let NaN, infinities and the order of sums go.
 OPTIMISE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
+# Files whose results are compared with thresholds, so that they repeat their references' roundings one by one.
+STEPWISE = ("cam_compare_cpu", "cam_regions_cpu", "cam_sweep_cpu")
+STEPWISE_FLAGS = ["-ffp-contract=off", "-DPSSL_STEPWISE"]
+
 
 def find_cxx() -> list[str]:
     """The C++ compiler's command; CXX may hold more than one word ("ccache g++")."""
@@ -136,6 +140,7 @@ def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> 
     for level in simd_levels():
         for source in sorted((ROOT / "csrc").glob("*_cpu.cpp")):
             flags = [f"-DPSSL_SIMD={level}", *SIMD_FLAGS[level]]
+            flags += STEPWISE_FLAGS if source.stem in STEPWISE else []
             compile_to(f"{level}/{source.stem}.o", "cxx", source, flags, f"({level})")
 
     # libtorch.so has to stay among the needed libraries although nothing is used from it directly: it brings in

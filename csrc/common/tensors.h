@@ -17,6 +17,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/simd.h"
@@ -84,10 +85,15 @@ PSSL_NOINLINE void read_elements(const Tensor& t, int64_t offset, int64_t stride
   }
 }
 
-// A map [B,*,H,W] or [B,H,W] whose last two dimensions are read row by row, in any element type and with any strides.
+// A map [B,*,H,W], [B,H,W] or [H,W] whose last two dimensions are read row by row, in any element type and with any strides.
 struct Rows {
   const Tensor* tensor = nullptr;
 
+  template <class T>
+  void read_plane(int64_t y, int64_t x, int64_t n, T* out) const {
+    const Tensor& t = *tensor;
+    read_elements(t, y * t.stride(0) + x * t.stride(1), t.stride(1), n, out);
+  }
   template <class T>
   void read(int64_t b, int64_t y, int64_t x, int64_t n, T* out) const {
     const Tensor& t = *tensor;
@@ -126,8 +132,18 @@ struct FeatureView {
   static FeatureView of(const Tensor& t) {
     // const_cast: one view type serves the features, read only, and their gradient, written
     void* data = t.numel() > 0 ? const_cast<void*>(t.const_data_ptr()) : nullptr;
+    if (t.dim() == 3)  // one image
+      return {data, t.scalar_type(), 1,           t.size(0),  t.size(1), t.size(2),
+              0,    t.stride(0),     t.stride(1), t.stride(2)};
     return {data,      t.scalar_type(), t.size(0),   t.size(1),   t.size(2),
             t.size(3), t.stride(0),     t.stride(1), t.stride(2), t.stride(3)};
+  }
+  // Channel d of image b alone.
+  FeatureView plane(int64_t b, int64_t d) const {
+    if (!data) return {nullptr, type, 1, 1, h, w, sb, sd, sy, sx};
+    void* first = with_floating(
+        type, [&](auto zero) -> void* { return static_cast<decltype(zero)*>(data) + b * sb + d * sd; });
+    return {first, type, 1, 1, h, w, sb, sd, sy, sx};
   }
   // The same elements as one row of h·w pixels, where is_flat_map: longer tiles.
   FeatureView flat() const { return {data, type, B, D, 1, h * w, sb, sd, h * w * sx, sx}; }
@@ -183,11 +199,12 @@ class Buffer {
 class LabelCheck {
  public:
   void found(int64_t label) { bad_.store(label, std::memory_order_relaxed), any_.store(true); }
-  void raise_if_found(const char* op, int64_t regions, int64_t ignore_index) const {
+  void raise_if_found(const char* op, int64_t regions, int64_t ignore_index,
+                      const std::string& argument = "regions") const {
     if (!any_.load()) return;
     std::ostringstream text;  // std::invalid_argument arrives in Python as ValueError
-    text << op << ": regions must hold labels 0.." << regions - 1 << " or ignore_index=" << ignore_index
-         << ", got [" << bad_.load() << "]";
+    text << op << ": " << argument << " must hold labels 0.." << regions - 1
+         << " or ignore_index=" << ignore_index << ", got [" << bad_.load() << "]";
     throw std::invalid_argument(text.str());
   }
 

@@ -23,6 +23,34 @@ def resize(maps: Tensor, size: tuple[int, int], align_corners: bool = False) -> 
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
 
 
+def resize_stepwise(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """``resize`` [*,h,w] to [*,H,W] in steps that every backend can repeat bit for bit: along y, then along x,
+    (1 − t)·a + t·b with one rounding a step.
+
+    F.interpolate computes the same, with last bits that depend on the processor's vector instructions. Where a
+    threshold is compared with the result, those bits decide on a pixel.
+    """
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    if 0 in maps.shape or 0 in size:
+        return maps.new_zeros(*maps.shape[:-2], *size)
+    for dim in (-2, -1):
+        low, high, t = _taps(maps.shape[dim], size[dim], maps)
+        t = t[:, None] if dim == -2 else t
+        maps = (1 - t) * maps.index_select(dim, low) + t * maps.index_select(dim, high)
+    return maps
+
+
+def _taps(n: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of ``size`` outputs along an axis of ``n``: the two inputs and the share of the second."""
+    out = torch.arange(size, dtype=torch.float64, device=like.device)
+    # divided by a tensor: by a number, CUDA would multiply with the reciprocal
+    source = ((out + 0.5) * n / torch.full_like(out, size) - 0.5).clamp_min(0)
+    low = source.long().clamp_max(n - 1)
+    share = torch.where(low == n - 1, 0.0, source - low)
+    return low, (low + 1).clamp_max(n - 1), share.to(like.dtype)
+
+
 def l2_normalize(x: Tensor, dim: int, eps: float) -> Tensor:
     """x / ‖x‖ along ``dim``; where ‖x‖ ≤ eps, zero with zero gradient.
 

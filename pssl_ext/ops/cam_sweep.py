@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pssl_ext import checks
-from pssl_ext.ops._reference import accumulation_dtype, resize
+from pssl_ext.ops._reference import accumulation_dtype, resize_stepwise
 from pssl_ext.registry import Sample, call, define_op
 
 OP = "cam_sweep"
@@ -29,12 +29,12 @@ def reference(
     With background score t a pixel is its best class if its maximum is above t; the best class does not depend on t.
     So all that a threshold can ask of a pixel is how many thresholds lie strictly below its maximum.
     """
-    ordered, order = thresholds.sort(stable=True)
+    ordered, order = torch.where(thresholds.isnan(), torch.inf, thresholds).sort(stable=True)
     bins = len(ordered) + 1
     histogram = torch.zeros(num_regions**2 * bins, dtype=torch.int64, device=thresholds.device)
     for cam, ids, truth in zip(cams, class_ids, ground_truth, strict=True):
-        best, region = _best_class(cam, ids, tuple(truth.shape), normalize)
-        best = torch.where(best.isnan(), -torch.inf, best).to(ordered.dtype)  # NaN is above no threshold
+        best, region = _best_class(cam.to(ordered.dtype), ids, tuple(truth.shape), normalize)
+        best = torch.where(best.isnan(), -torch.inf, best)  # NaN is above no threshold
         below = torch.bucketize(best, ordered)  # the number of thresholds < best
         counted = truth != ignore_index
         cells = (truth[counted].long() * num_regions + region[counted]) * bins + below[counted]
@@ -48,12 +48,11 @@ def reference(
 
 def _best_class(cam: Tensor, ids: Tensor, size: tuple[int, int], normalize: bool) -> tuple[Tensor, Tensor]:
     """(maximum over classes [H,W], region number of the best class [H,W]); ties go to the lowest region number."""
-    cam = cam.to(accumulation_dtype(cam))
     if cam.shape[0] == 0 or 0 in size:  # no class: whatever the threshold, background
         nothing = torch.full(size, -torch.inf, dtype=cam.dtype, device=cam.device)
         return nothing, torch.zeros(size, dtype=torch.int64, device=cam.device)
     ids, order = ids.long().sort(stable=True)
-    cam = resize(cam[order][None], size)[0]
+    cam = resize_stepwise(cam[order], size)
     if normalize:
         cam = cam / (cam.amax((1, 2), keepdim=True) + EPS)
     best, index = cam.max(0)
@@ -122,6 +121,16 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield case("normalized", ragged, steps, 4, normalize=True)
     yield case("unsorted_thresholds", [image([1, 2], (6, 6), (6, 6), 3)], [0.5, 0.1, 0.5, 0.9], 3)
     yield case("no_class", [image([], (4, 4), (8, 8), 3)], [0.2], 3)
+    many = [i / 1000 for i in range(400)]
+    large = [image([2, 1, 3], (11, 13), (90, 140), 4), image([1, 2], (90, 140), (90, 140), 4)]
+    yield case("several_tasks", large, many, 4, normalize=True)
+    odd = [image([2, 1], (1, 1), (5, 3), 3), image([1], (7, 9), (4, 5), 3), image([2], (1, 6), (1, 1), 3)]
+    yield case("odd_sizes", odd, steps, 3)
+    broken = [image([1, 2], (5, 6), (20, 18), 3), image([2, 1], (8, 8), (8, 8), 3)]
+    for cam, _, _ in broken:
+        cam[0, 2, 3], cam[1, 4, 1], cam[1, 0, 0] = torch.nan, torch.inf, -torch.inf
+    yield case("not_finite", broken, [0.5, 0.2, -torch.inf, torch.inf, torch.nan], 3)
+    yield case("no_threshold", [image([1], (4, 4), (4, 4), 2)], [], 2)
     power = case("power", [image([1, 2], (6, 6), (6, 6), 3)], [], 3, power=[1.0, 4.0, 8.0])
     power.args["thresholds"] = None
     yield power
@@ -154,15 +163,17 @@ def cam_sweep(
 
     For threshold t a pixel is its best class if that class's CAM > t, else background (0); equal counts as
     background, ties between classes go to the lowest region number. Peers (SEAM, IRN, PPC …) run this loop once a
-    threshold over all CAM files.
+    threshold over all CAM files. A pixel whose largest CAM is NaN is background.
 
     Args:
         cams: one image [k,h,w] of any floating type, or a list of N images of any sizes and class counts. CAMs of
-            another size than the ground truth are resized to it bilinearly (``align_corners=False``).
+            another size than the ground truth are resized to it bilinearly (``align_corners=False``), along y, then
+            along x, (1−t)·a + t·b with one rounding a step: F.interpolate's last bits differ between processors, and
+            a pixel at a threshold would with them.
         class_ids: [k] integer, the region number 1..num_regions-1 of each CAM; a list for a list.
         ground_truth: [H,W] integer, labels 0..num_regions-1 or ``ignore_index``; a list for a list.
-        thresholds: [T] numbers in any order, duplicates allowed; compared in the CAM's accumulation type (float32,
-            or float64 for float64 CAMs). None where ``power`` is given.
+        thresholds: [T] numbers in any order, duplicates allowed; compared in the CAMs' accumulation type (float32,
+            float64 if any of them is). Nothing is above NaN. None where ``power`` is given.
         num_regions: C, background included.
         power: background scores (1 − max)^α instead of a threshold, one result for each α (CAMs in [0,1]; AffinityNet's
             and PSA's convention).
@@ -198,11 +209,15 @@ def cam_sweep(
         )
         checks.require_integer(OP, f"ground_truth[{i}]", truth)
         checks.require(truth.ndim == 2, OP, f"ground_truth[{i}]", "[H,W]", truth)
+        filled = cam.shape[0] == 0 or 0 not in cam.shape or 0 in truth.shape
+        expected = "of at least 1×1 cells where there is ground truth"
+        checks.require(filled, OP, f"cams[{i}]", expected, cam)
         for name, tensor in (("cams", cam), ("class_ids", ids), ("ground_truth", truth)):
             checks.require_device(OP, f"{name}[{i}]", tensor, device)
-    checks.require(
-        (thresholds is None) != (power is None), OP, "thresholds", "given, or else power", "both or none"
-    )
+    given = thresholds is not None
+    checks.require(given or power is not None, OP, "thresholds", "given where power is not", thresholds)
+    checks.require(not given or power is None, OP, "power", "None where thresholds are given", power)
+    checks.require(num_regions >= 1, OP, "num_regions", "at least 1", num_regions)
     if power is not None:
         thresholds = power_thresholds(power)
     dtype = accumulation_dtype(*cams)

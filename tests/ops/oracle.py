@@ -30,6 +30,19 @@ def _taps(x, n, size, align_corners):
     return [(low, 1 - share), (min(low + 1, n - 1), share)]
 
 
+def bilinear_stepwise(maps, size):
+    """The same along y, then along x, in the maps' own precision: each product and each sum rounds once."""
+    for axis, n in ((1, size[0]), (2, size[1])):
+        lines = []
+        for x in range(n):
+            (low, _), (high, share) = _taps(x, maps.shape[axis], n, False)
+            share = maps.dtype.type(share if high > low else 0.0)
+            left, right = maps.take(low, axis), maps.take(high, axis)
+            lines.append((maps.dtype.type(1) - share) * left + share * right)
+        maps = np.stack(lines, axis)
+    return maps
+
+
 def unit(v):
     norm = math.sqrt(float(v @ v))
     return v / norm if norm > 1e-12 else v * 0
@@ -114,7 +127,7 @@ def sweep(cams, ids, truths, c, thresholds=None, power=None, normalize=False):
     scores = [("threshold", t) for t in thresholds] if power is None else [("power", a) for a in power]
     counts = np.zeros((len(scores), c, c), np.int64)
     for cam, numbers, truth in zip(cams, ids, truths, strict=True):
-        up = bilinear(cam, truth.shape) if cam.shape[1:] != truth.shape else cam
+        up = bilinear_stepwise(cam, truth.shape) if cam.shape[1:] != truth.shape else cam
         if normalize:
             up = up / (up.max((1, 2), keepdims=True) + 1e-5)
         for t, (kind, score) in enumerate(scores):
@@ -124,7 +137,7 @@ def sweep(cams, ids, truths, c, thresholds=None, power=None, normalize=False):
                 prediction = 0
                 if len(numbers):
                     best = max(up[:, y, x])
-                    background = score if kind == "threshold" else (1 - best) ** score
+                    background = cam.dtype.type(score) if kind == "threshold" else (1 - best) ** score
                     if best > background:
                         prediction = min(n for n, v in zip(numbers, up[:, y, x], strict=True) if v == best)
                 counts[t, truth[y, x], prediction] += 1

@@ -4,8 +4,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pssl_ext import cam_compare, cam_regions, cam_sweep
+from pssl_ext.ops._reference import resize, resize_stepwise
 from pssl_ext.ops.cam_sweep import power_thresholds
 
 
@@ -72,6 +75,10 @@ def images(grid, size, quantum=None):
     return cams, [torch.tensor([3, 1, 4]), torch.tensor([2])], truth
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
+
+
+@BACKENDS
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("grid", [(6, 7), (3, 4)])
 @pytest.mark.parametrize(
@@ -82,14 +89,74 @@ def images(grid, size, quantum=None):
     ],
     ids=["thresholds", "power"],
 )
-def test_sweep(background, grid, normalize):
+def test_sweep(background, grid, normalize, backend):
     """Thresholds unsorted, doubled, and equal to values of the maps; ties between classes."""
     cams, ids, truth = images(grid, (6, 7), quantum=0.125)
-    got = cam_sweep(cams, ids, truth, num_regions=5, normalize=normalize, **background, backend="reference")
+    got = cam_sweep(cams, ids, truth, num_regions=5, normalize=normalize, **background, backend=backend)
     expected = oracle.sweep(
         *([t.numpy() for t in ts] for ts in (cams, ids, truth)), 5, normalize=normalize, **background
     )
     np.testing.assert_array_equal(got, expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grid, size", [((3, 4), (13, 10)), ((9, 5), (4, 17)), ((1, 3), (6, 6))])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sweep_at_its_own_values(normalize, grid, size, dtype, backend):
+    """Every value of the resized maps is a threshold: a last bit that differs is a pixel that differs."""
+    cams, ids, truth = images(grid, size)
+    cams = [c.to(dtype) for c in cams]
+    arrays = [[t.numpy() for t in ts] for ts in (cams, ids, truth)]
+    up = [oracle.bilinear_stepwise(c, size) for c in arrays[0]]
+    values = np.concatenate(
+        [(u / (u.max((1, 2), keepdims=True) + 1e-5) if normalize else u).ravel() for u in up]
+    )
+    assert all(v.dtype == arrays[0][0].dtype for v in (*up, values))
+    values = values[:: len(values) // 40].astype(np.float64)
+    got = cam_sweep(cams, ids, truth, values.tolist(), 5, normalize=normalize, backend=backend)
+    np.testing.assert_array_equal(got, oracle.sweep(*arrays, 5, thresholds=values, normalize=normalize))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_stepwise_resize_is_bilinear(dtype):
+    for grid, size in [((3, 4), (13, 10)), ((9, 5), (4, 17)), ((1, 3), (6, 6)), ((40, 30), (375, 500))]:
+        (cam,) = maps((2, *grid))
+        got = resize_stepwise(cam.to(dtype), size)
+        torch.testing.assert_close(got, resize(cam.to(dtype)[None], size)[0], rtol=1e-5, atol=1e-5)
+        if size != (375, 500):
+            np.testing.assert_array_equal(got, oracle.bilinear_stepwise(cam.to(dtype).numpy(), size))
+
+
+@given(st.data())
+def test_sweep_is_the_reference_bit_for_bit(data):
+    """Any sizes, classes, values (NaN and infinities among them) and thresholds, clustered or far apart."""
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    side, regions = st.integers(1, 12), data.draw(st.integers(2, 6))
+    step = data.draw(st.sampled_from([0.0, 0.125]))
+    cams, ids, truths = [], [], []
+    for _ in range(data.draw(st.integers(1, 3))):
+        k, grid, size = data.draw(st.integers(0, 3)), (data.draw(side), data.draw(side)), None
+        size = (
+            grid
+            if data.draw(st.booleans())
+            else (data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)))
+        )
+        cam = torch.rand(k, *grid, generator=g)
+        cam = (cam / step).round() * step if step else cam
+        if k and data.draw(st.booleans()):
+            cam[0, 0, -1], cam[-1, -1, 0] = torch.nan, data.draw(st.sampled_from([torch.inf, -torch.inf]))
+        truth = torch.randint(0, regions, size, generator=g)
+        truth[torch.rand(size, generator=g) < 0.1] = 255
+        cams.append(cam), truths.append(truth), ids.append(torch.randint(1, regions, (k,), generator=g))
+    values = st.one_of(
+        st.floats(0, 1, width=32), st.floats(width=32), st.integers(-1, 9).map(lambda i: i / 8)
+    )
+    thresholds = data.draw(st.lists(values, max_size=90))
+    args = (cams, ids, truths, thresholds, regions)
+    for normalize in (False, True):
+        expected = cam_sweep(*args, normalize=normalize, backend="reference")
+        assert torch.equal(cam_sweep(*args, normalize=normalize), expected)
 
 
 def test_sweep_of_nothing():

@@ -1,0 +1,261 @@
+// cam_sweep on the CPU: one histogram [ground truth, best class, thresholds below the maximum] (identity 2).
+//
+// Threads take runs of rows, each with a histogram of its own; counts are integers, so that the order in which these
+// are added does not matter.
+#include <cmath>
+#include <deque>
+#include <limits>
+#include <mutex>
+#include <numeric>
+
+#include "cam_sweep.h"
+#include "common/resize_cpu.h"
+
+namespace {
+
+using namespace pssl;
+using namespace pssl::PSSL_SIMD_NAMESPACE;
+
+constexpr const char* kOp = "cam_sweep";
+constexpr double kEps = 1e-5;             // as in the reference
+constexpr int64_t kTaskPixels = 1 << 13;  // that a thread takes at a time
+
+template <class T>
+struct Thresholds {
+  std::vector<T> ordered;
+  std::vector<int64_t> order;  // where each of `ordered` stood
+  ThresholdCells<T> grid;
+  std::vector<int32_t> first;
+
+  explicit Thresholds(const Tensor& t) : ordered(t.numel()), order(t.numel()) {
+    const int64_t n = t.numel();
+    std::vector<T> given(n);
+    read_elements(t, 0, t.stride(0), n, given.data());
+    for (T& value : given)
+      if (value != value) value = std::numeric_limits<T>::infinity();  // nothing is above NaN
+    std::iota(order.begin(), order.end(), int64_t(0));
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] < given[b]; });
+    for (int64_t i = 0; i < n; ++i) ordered[i] = given[order[i]];
+    T low = 0, high = 0;
+    bool any = false;
+    for (T value : ordered)
+      if (std::isfinite(value)) low = any ? low : value, high = value, any = true;
+    const int64_t cells = std::clamp<int64_t>(4 * n, 64, 4096);
+    const T scale = high > low ? T(cells) / (high - low) : T(1);
+    grid = {low, std::isfinite(scale) ? scale : T(1), cells};
+    first.assign(cells + 1, 0);
+    for (T value : ordered) ++first[threshold_cell(grid, value) + 1];
+    std::partial_sum(first.begin(), first.end(), first.begin());
+  }
+  int64_t below(T value) const { return thresholds_below(grid, first.data(), ordered.data(), value); }
+};
+
+template <class T>
+struct Image {
+  ResizedMaps<T> cams;
+  Rows truth;
+  int64_t first_task, rows_per_task;
+  std::vector<std::pair<int64_t, int64_t>> classes;  // (region number, map), ascending: ties go to the lowest
+  std::vector<T> divisor;                            // for each of `classes`; empty where nothing is divided
+  LabelCheck check;
+
+  Image(const Tensor& cam, const Tensor& ids, const Tensor& ground_truth, int64_t index, int64_t regions,
+        int64_t first_task)
+      : cams(cam, ground_truth.size(0), ground_truth.size(1)), truth{&ground_truth}, first_task(first_task) {
+    rows_per_task = std::max<int64_t>(1, kTaskPixels / std::max<int64_t>(1, cams.W));
+    const int64_t k = cam.size(0);
+    std::vector<int64_t> numbers(k);
+    read_elements(ids, 0, ids.stride(0), k, numbers.data());
+    for (int64_t i = 0; i < k; ++i) {
+      if (numbers[i] < 1 || numbers[i] >= regions) {
+        std::ostringstream text;
+        text << kOp << ": class_ids[" << index << "] must hold region numbers 1.." << regions - 1 << ", got ["
+             << numbers[i] << "]";
+        throw std::invalid_argument(text.str());
+      }
+      classes.emplace_back(numbers[i], i);
+    }
+    std::stable_sort(classes.begin(), classes.end(), [](auto a, auto b) { return a.first < b.first; });
+  }
+  int64_t tasks() const { return cams.W ? (cams.H + rows_per_task - 1) / rows_per_task : 0; }
+};
+
+// One thread's rows.
+template <class T>
+struct Scratch {
+  Buffer<T> memory, values, best;
+  Buffer<int64_t> truth;
+  Buffer<int32_t> region;
+
+  explicit Scratch(const std::deque<Image<T>>& images) {
+    int64_t most = 0, width = 0;
+    for (const auto& image : images)
+      most = std::max(most, image.cams.scratch()), width = std::max(width, image.cams.W);
+    memory.reset(most), values.reset(width), best.reset(width), truth.reset(width), region.reset(width);
+  }
+};
+
+// Keeps the first of the largest; NaN counts as larger than all.
+template <class T>
+PSSL_NOINLINE void keep_best(const T* __restrict values, int64_t n, int32_t number, T* __restrict best,
+                             int32_t* __restrict region) {
+  for (int64_t x = 0; x < n; ++x) {
+    const bool better = values[x] > best[x] || values[x] != values[x];
+    best[x] = better ? values[x] : best[x];
+    region[x] = better ? number : region[x];
+  }
+}
+
+template <class T>
+PSSL_NOINLINE void divide_row(T* values, int64_t n, T divisor) {
+  for (int64_t x = 0; x < n; ++x) values[x] /= divisor;
+}
+
+template <class T>
+class Sweep {
+ public:
+  Sweep(const std::vector<Tensor>& cams, const std::vector<Tensor>& class_ids,
+        const std::vector<Tensor>& ground_truth, const Tensor& thresholds, int64_t regions, bool normalize,
+        int64_t ignore_index)
+      : thresholds_(thresholds), C_(regions), bins_(thresholds.numel() + 1), ignore_(ignore_index) {
+    for (size_t i = 0; i < cams.size(); ++i) {
+      images_.emplace_back(cams[i], class_ids[i], ground_truth[i], int64_t(i), C_, tasks_);
+      tasks_ += images_.back().tasks();
+    }
+    if (normalize) find_divisors();
+  }
+
+  Tensor counts() {
+    Buffer<int64_t> total(C_ * C_ * bins_, true);
+    std::mutex adding;
+    torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
+      Buffer<int64_t> histogram(C_ * C_ * bins_, true);
+      each_row(begin, end, [&](Image<T>& image, int64_t, int64_t y, Scratch<T>& s) {
+        count_row(image, y, s, histogram.get());
+      });
+      const std::lock_guard<std::mutex> lock(adding);
+      for (int64_t i = 0; i < C_ * C_ * bins_; ++i) total[i] += histogram[i];
+    });
+    for (size_t i = 0; i < images_.size(); ++i)
+      images_[i].check.raise_if_found(kOp, C_, ignore_, "ground_truth[" + std::to_string(i) + "]");
+    return matrices(total);
+  }
+
+ private:
+  // f(image, task, y, scratch) for the rows of tasks [begin, end)
+  template <class F>
+  void each_row(int64_t begin, int64_t end, const F& f) {
+    Scratch<T> scratch(images_);
+    size_t i = 0;
+    for (int64_t task = begin; task < end; ++task) {
+      while (task >= images_[i].first_task + images_[i].tasks()) ++i;
+      Image<T>& image = images_[i];
+      const int64_t y0 = (task - image.first_task) * image.rows_per_task;
+      for (int64_t y = y0; y < std::min(y0 + image.rows_per_task, image.cams.H); ++y)
+        f(image, task, y, scratch);
+    }
+  }
+  void read_row(const Image<T>& image, int64_t j, int64_t y, Scratch<T>& s) const {
+    image.cams.row(image.cams.maps.plane(0, image.classes[j].second), y, s.memory.get(), s.values.get());
+  }
+
+  // Each class's maximum over its image, of the resized map, and the eps above it.
+  void find_divisors() {
+    const T lowest = -std::numeric_limits<T>::infinity();
+    int64_t most = 0;
+    for (const auto& image : images_) most = std::max<int64_t>(most, image.classes.size());
+    Buffer<T> top(tasks_ * most);
+    std::fill_n(top.get(), tasks_ * most, lowest);
+    torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
+      each_row(begin, end, [&](Image<T>& image, int64_t task, int64_t y, Scratch<T>& s) {
+        for (size_t j = 0; j < image.classes.size(); ++j) {
+          read_row(image, j, y, s);
+          T& largest = top[task * most + j];
+          largest = largest_of(s.values.get(), image.cams.W, largest);
+        }
+      });
+    });
+    for (auto& image : images_)
+      for (size_t j = 0; j < image.classes.size(); ++j) {
+        T largest = lowest;
+        for (int64_t task = image.first_task; task < image.first_task + image.tasks(); ++task)
+          largest = largest_of(&top[task * most + j], 1, largest);
+        image.divisor.push_back(largest + T(kEps));
+      }
+  }
+
+  void count_row(Image<T>& image, int64_t y, Scratch<T>& s, int64_t* histogram) const {
+    const int64_t W = image.cams.W;
+    std::fill_n(s.best.get(), W, -std::numeric_limits<T>::infinity());
+    std::fill_n(s.region.get(), W, 0);
+    for (size_t j = 0; j < image.classes.size(); ++j) {
+      read_row(image, j, y, s);
+      if (!image.divisor.empty()) divide_row(s.values.get(), W, image.divisor[j]);
+      keep_best(s.values.get(), W, int32_t(image.classes[j].first), s.best.get(), s.region.get());
+    }
+    image.truth.read_plane(y, 0, W, s.truth.get());
+    for (int64_t x = 0; x < W; ++x) {
+      const int64_t label = s.truth[x];
+      if (label == ignore_) continue;
+      if (label < 0 || label >= C_) {
+        image.check.found(label);
+        continue;
+      }
+      ++histogram[(label * C_ + s.region[x]) * bins_ + thresholds_.below(s.best[x])];
+    }
+  }
+
+  // Pixels with at most j thresholds below them are background at threshold j.
+  Tensor matrices(const Buffer<int64_t>& total) const {
+    const int64_t T_ = bins_ - 1;
+    Tensor result = new_tensor({T_, C_, C_}, ScalarType::Long);
+    int64_t* out = result.mutable_data_ptr<int64_t>();
+    std::fill_n(out, T_ * C_ * C_, int64_t(0));
+    for (int64_t label = 0; label < C_; ++label)
+      for (int64_t region = 0; region < C_; ++region) {
+        const int64_t* bins = &total[(label * C_ + region) * bins_];
+        const int64_t all = std::accumulate(bins, bins + bins_, int64_t(0));
+        if (all == 0) continue;
+        int64_t background = 0;
+        for (int64_t j = 0; j < T_; ++j) {
+          background += bins[j];
+          int64_t* row = out + (thresholds_.order[j] * C_ + label) * C_;
+          row[0] += background;
+          row[region] += all - background;
+        }
+      }
+    return result;
+  }
+
+  Thresholds<T> thresholds_;
+  std::deque<Image<T>> images_;
+  int64_t C_, bins_, ignore_, tasks_ = 0;
+};
+
+Tensor cam_sweep_cpu(const std::vector<Tensor>& cams, const std::vector<Tensor>& class_ids,
+                     const std::vector<Tensor>& ground_truth, const Tensor& thresholds, int64_t num_regions,
+                     bool normalize, int64_t ignore_index) {
+  STD_TORCH_CHECK(cams.size() == class_ids.size() && cams.size() == ground_truth.size(), kOp,
+                  ": cams, class_ids and ground_truth must be lists of one length");
+  STD_TORCH_CHECK(thresholds.dim() == 1 && num_regions >= 1, kOp,
+                  ": thresholds must be [T], num_regions at least 1");
+  for (size_t i = 0; i < cams.size(); ++i) {
+    STD_TORCH_CHECK(cams[i].dim() == 3 && class_ids[i].dim() == 1 && ground_truth[i].dim() == 2 &&
+                        class_ids[i].size(0) == cams[i].size(0),
+                    kOp, ": cams must be [k,h,w], class_ids [k], ground_truth [H,W]");
+    STD_TORCH_CHECK(cams[i].numel() > 0 || cams[i].size(0) == 0 || ground_truth[i].numel() == 0, kOp,
+                    ": cams have no cells");
+  }
+  return with_accumulation({thresholds.scalar_type()}, [&](auto zero) {
+    return Sweep<decltype(zero)>(cams, class_ids, ground_truth, thresholds, num_regions, normalize,
+                                 ignore_index)
+        .counts();
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pssl, CPU, m) {
+  if (!simd_chosen()) return;
+  m.impl("cam_sweep", TORCH_BOX(&cam_sweep_cpu));
+}
