@@ -95,22 +95,6 @@ struct Scratch {
   }
 };
 
-// Keeps the first of the largest; NaN counts as larger than all.
-template <class T>
-PSSL_NOINLINE void keep_best(const T* __restrict values, int64_t n, int32_t number, T* __restrict best,
-                             int32_t* __restrict region) {
-  for (int64_t x = 0; x < n; ++x) {
-    const bool better = values[x] > best[x] || values[x] != values[x];
-    best[x] = better ? values[x] : best[x];
-    region[x] = better ? number : region[x];
-  }
-}
-
-template <class T>
-PSSL_NOINLINE void divide_row(T* values, int64_t n, T divisor) {
-  for (int64_t x = 0; x < n; ++x) values[x] /= divisor;
-}
-
 template <class T>
 class Sweep {
  public:

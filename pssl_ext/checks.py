@@ -50,6 +50,12 @@ def require_device(op: str, argument: str, value: Tensor, device: torch.device) 
     require(value.device == device, op, argument, f"on {device} as the first argument", value)
 
 
+def require_size(op: str, argument: str, value: Any) -> None:
+    ok = isinstance(value, (tuple, list)) and len(value) == 2
+    ok = ok and all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in value)
+    require(ok, op, argument, "(H,W), two integers of at least 1", value)
+
+
 def check_regions(op: str, regions: Tensor, num_regions: int, ignore_index: int) -> None:
     """Raises ValueError if a label is neither in 0..num_regions-1 nor ``ignore_index``. Reads the data."""
     bad = (regions != ignore_index) & ((regions < 0) | (regions >= num_regions))

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/axis_cpu.h"
+#include "common/row_cpu.h"
 #include "common/tile_cpu.h"
 
 #ifndef PSSL_STEPWISE
@@ -42,6 +43,16 @@ struct ResizedMaps {
     spread_row(blended, out);
   }
 
+  // The adjoint of row(): adds to cells[h][w] what gradient[0..W) of row y gives to each. Contents of `memory` are lost.
+  void add_adjoint(const T* gradient, int64_t y, T* memory, T* cells) const {
+    const int64_t w = maps.w;
+    if (same) return add_row(gradient, w, cells + y * w);
+    std::fill_n(memory, w + 1, T(0));
+    gather_row(gradient, memory);
+    const int64_t above = ys.index[y], below = std::min(above + 1, maps.h - 1);
+    share_row(memory, ys.fraction[y], w, cells + above * w, cells + below * w);
+  }
+
  private:
   PSSL_NOINLINE static void blend_rows(T* __restrict upper, const T* __restrict lower, T t, int64_t w) {
     const T s = T(1) - t;
@@ -54,6 +65,22 @@ struct ResizedMaps {
       const T *c = cells + index[x], t = fraction[x];
       out[x] = (T(1) - t) * c[0] + t * c[1];
     }
+  }
+  PSSL_NOINLINE void gather_row(const T* __restrict gradient, T* __restrict cells) const {
+    const int64_t* index = xs.index.data();
+    const T* fraction = xs.fraction.data();
+    for (int64_t x = 0; x < W; ++x) {
+      T* c = cells + index[x];
+      c[0] += (T(1) - fraction[x]) * gradient[x];
+      c[1] += fraction[x] * gradient[x];
+    }
+  }
+  // `above` and `below` are one row at the last, where t = 0
+  PSSL_NOINLINE static void share_row(const T* row, T t, int64_t w, T* above, T* below) {
+    const T s = T(1) - t;
+    for (int64_t x = 0; x < w; ++x) above[x] += s * row[x];
+    if (t == T(0)) return;
+    for (int64_t x = 0; x < w; ++x) below[x] += t * row[x];
   }
 };
 

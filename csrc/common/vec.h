@@ -89,22 +89,6 @@ inline T lane_max(Vec<T> v) {
   return v[0];
 }
 
-// The largest of `top` and n values; NaN counts as larger than all, as in torch.amax.
-template <class T>
-inline T largest_of(const T* values, int64_t n, T top) {
-  int64_t i = 0;
-  if (n >= kLanes<T>) {
-    Vec<T> v = splat<T>(top);
-    for (; i + kLanes<T> <= n; i += kLanes<T>) {
-      const Vec<T> next = load<T>(values + i);
-      v = (next > v) | (next != next) ? next : v;
-    }
-    for (int lane = 0; lane < kLanes<T>; ++lane) top = v[lane] > top || v[lane] != v[lane] ? v[lane] : top;
-  }
-  for (; i < n; ++i) top = values[i] > top || values[i] != values[i] ? values[i] : top;
-  return top;
-}
-
 // e^x for x <= 0 (a softmax after subtracting its maximum), to about one unit in the last place. x = n ln2 + r with
 // |r| <= ln2/2; Taylor's series of e^r to a term below the type's rounding (r^8/8! = 5e-9, r^14/14! = 4e-18); n goes
 // into the exponent bits. Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits. Results below

@@ -72,6 +72,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield case("per_class", 2, 3, [(5, 7)], [(5, 7)], (5, 7), reduction="none")
     none = torch.zeros(2, 3, device=device)
     yield case("no_class", 2, 3, [(5, 7)], [(5, 7)], (5, 7), image_labels=none)
+    wide = [(9, 40), (17, 70)]
+    yield case(
+        "wide", 3, 2, wide, [(17, 70), (34, 140)], (17, 70), image_labels=torch.ones(3, 2, device=device)
+    )
+    yield case(
+        "smaller_size", 1, 2, [(9, 12)], [(13, 7)], (5, 6), image_labels=torch.ones(1, 2, device=device)
+    )
     yield case("one_pixel", 1, 1, [(1, 1)], [(1, 1)], (1, 1))
     yield case("empty_batch", 0, 3, [(4, 4)], [(4, 4)], (8, 8))
 
@@ -119,10 +126,11 @@ def cam_compare(
     Returns:
         float32 (float64 for float64 maps). An empty batch gives 0.
 
-    Gradients: main, support. Deterministic.
+    Gradients: main, support. Deterministic: the same inputs give the same bits, whatever the number of threads.
+    Maps of classes that are absent are not read; NaN in them reaches nothing.
 
     Raises:
-        ValueError, TypeError: for shapes, types, an unknown attention or reduction.
+        ValueError, TypeError: for shapes, types, a size below 1×1, an unknown attention or reduction.
 
     Paper: Yoon et al., arXiv 2112.05351 (multi-scale attentive module).
     """
@@ -131,6 +139,7 @@ def cam_compare(
     checks.require(attention in ATTENTIONS, OP, "attention", "one of " + ", ".join(ATTENTIONS), attention)
     choices = ("mean", "sum", "none")
     checks.require(reduction in choices, OP, "reduction", "one of " + ", ".join(choices), reduction)
+    checks.require_size(OP, "size", size)
     height, width = size
     sums = call(OP, backend, list(main), list(support), image_labels, height, width, attention == "cosine")
     if reduction == "none":

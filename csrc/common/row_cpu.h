@@ -1,0 +1,52 @@
+// Steps on one row of values.
+#pragma once
+
+#include "common/tensors.h"
+#include "common/vec.h"
+
+namespace pssl::PSSL_SIMD_NAMESPACE {
+
+// The largest of `top` and n values; NaN counts as larger than all, as in torch.amax.
+template <class T>
+PSSL_NOINLINE T largest_of(const T* values, int64_t n, T top) {
+  int64_t i = 0;
+  if (n >= kLanes<T>) {
+    Vec<T> v = splat<T>(top);
+    for (; i + kLanes<T> <= n; i += kLanes<T>) {
+      const Vec<T> next = load<T>(values + i);
+      v = (next > v) | (next != next) ? next : v;
+    }
+    for (int lane = 0; lane < kLanes<T>; ++lane) top = v[lane] > top || v[lane] != v[lane] ? v[lane] : top;
+  }
+  for (; i < n; ++i) top = values[i] > top || values[i] != values[i] ? values[i] : top;
+  return top;
+}
+
+// Keeps the first of the largest; NaN counts as larger than all.
+template <class T>
+PSSL_NOINLINE void keep_best(const T* __restrict values, int64_t n, int32_t number, T* __restrict best,
+                             int32_t* __restrict region) {
+  for (int64_t x = 0; x < n; ++x) {
+    const bool better = values[x] > best[x] || values[x] != values[x];
+    best[x] = better ? values[x] : best[x];
+    region[x] = better ? number : region[x];
+  }
+}
+
+template <class T>
+PSSL_NOINLINE void divide_row(T* values, int64_t n, T divisor) {
+  for (int64_t x = 0; x < n; ++x) values[x] /= divisor;
+}
+
+// NaN stays, as in torch.relu.
+template <class T>
+PSSL_NOINLINE void relu_row(T* values, int64_t n) {
+  for (int64_t x = 0; x < n; ++x) values[x] = values[x] < T(0) ? T(0) : values[x];
+}
+
+template <class T>
+PSSL_NOINLINE void add_row(const T* __restrict values, int64_t n, T* __restrict sum) {
+  for (int64_t x = 0; x < n; ++x) sum[x] += values[x];
+}
+
+}  // namespace pssl::PSSL_SIMD_NAMESPACE
