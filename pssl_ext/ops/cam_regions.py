@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pssl_ext import checks
-from pssl_ext.ops._reference import accumulation_dtype, resize
+from pssl_ext.ops._reference import accumulation_dtype, resize_stepwise
 from pssl_ext.registry import Sample, call, define_op
 
 OP = "cam_regions"
@@ -28,7 +28,7 @@ def reference(
     present = (image_labels != 0)[:, :, None, None]
     # a class absent from the image is replaced, not multiplied away: 0 · NaN is NaN
     total = sum(
-        torch.where(present, resize(c.to(dtype), (height, width)), 0.0).relu() for c in cams
+        torch.where(present, resize_stepwise(c.to(dtype), (height, width)), 0.0).relu() for c in cams
     )  # [B,K,H,W]
     if total.numel() == 0:
         return torch.zeros(total.shape[0], height, width, dtype=torch.uint8, device=total.device)
@@ -65,6 +65,15 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("ignore_band", band)
     none = dict(cams=cams(1, 3, (4, 4)), image_labels=torch.zeros(1, 3, device=device), size=(8, 8))
     yield Sample("no_class", none)
+    several = dict(cams=cams(2, 3, (11, 13), (22, 26)), image_labels=labels(2, 3), size=(70, 150))
+    yield Sample("several_tasks", {**several, "foreground": 0.5, "background": 0.3})
+    one = dict(cams=cams(1, 1, (1, 1)), image_labels=torch.ones(1, 1, device=device), size=(1, 1))
+    yield Sample("one_pixel", one)
+    smaller = dict(cams=cams(1, 2, (9, 7), (1, 5)), image_labels=torch.ones(1, 2, device=device), size=(4, 5))
+    yield Sample("smaller_mask", smaller)
+    broken = dict(several, cams=cams(2, 3, (11, 13), (70, 150)), image_labels=torch.ones(2, 3, device=device))
+    broken["cams"][0][0, 1, 2, 3], broken["cams"][1][1, 0, 5, 6] = torch.nan, torch.inf
+    yield Sample("not_finite", broken)
     yield Sample("empty_batch", dict(cams=cams(0, 3, (4, 4)), image_labels=labels(0, 3), size=(8, 8)))
 
 
@@ -92,10 +101,11 @@ def cam_regions(
 
     A_k = Σ_t relu(upsample(cams[t]))_k over the classes present in the image, divided by its maximum over the image
     (+1e-5). region(x) = k+1 for the best class if its A ≥ ``foreground``; 0 (background) if A < ``background``;
-    ``ignore_index`` between. Ties: the lowest class.
+    ``ignore_index`` between. Ties: the lowest class. A pixel where the best A is NaN is ignored.
 
     Args:
-        cams: list of T tensors [B,K,h_t,w_t], floating, of any sizes; at least one.
+        cams: list of T tensors [B,K,h_t,w_t], floating, of any sizes; at least one. Resized as ``cam_sweep`` does,
+            with the same bits on every backend.
         image_labels: [B,K], non-zero where the class is present.
         size: (H,W) of the mask.
         foreground: threshold of the foreground, a share of the class's maximum (0.3: Yoon et al. 2021).
@@ -107,7 +117,7 @@ def cam_regions(
         uint8 [B,H,W]. No gradient. Deterministic.
 
     Raises:
-        ValueError, TypeError: for shapes, types, more than 254 classes, background > foreground.
+        ValueError, TypeError: for shapes, types, a size below 1×1, more than 254 classes, background > foreground.
     """
     k = _check_cams(OP, "cams", cams, image_labels)
     checks.require(k <= 254, OP, "cams", "of at most 254 classes (the mask is uint8)", k)
@@ -116,6 +126,7 @@ def cam_regions(
     checks.require(
         0 <= ignore_index <= 255, OP, "ignore_index", "in 0..255 (the mask is uint8)", ignore_index
     )
+    checks.require_size(OP, "size", size)
     height, width = size
     args = (list(cams), image_labels, height, width, float(foreground), float(background), ignore_index)
     return call(OP, backend, *args)
@@ -131,5 +142,7 @@ def _check_cams(op: str, argument: str, cams: Sequence[Tensor], image_labels: Te
         checks.require_floating(op, f"{argument}[{i}]", cam)
         ok = cam.ndim == 4 and tuple(cam.shape[:2]) == (b, k)
         checks.require(ok, op, f"{argument}[{i}]", lambda: f"[B,K,h,w]=[{b},{k},*,*]", cam)
+        filled = 0 not in cam.shape[2:] or 0 in (b, k)
+        checks.require(filled, op, f"{argument}[{i}]", "of at least 1×1 cells", cam)
         checks.require_device(op, f"{argument}[{i}]", cam, image_labels.device)
     return k

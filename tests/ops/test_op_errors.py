@@ -124,6 +124,13 @@ TABLE = {
             "support[1] must be [B,K,h,w]=[2,3,*,*], got [2, 4, 4, 4] torch.float32 on cpu",
         ),
         (dict(image_labels=torch.ones(3)), "image_labels must be [B,K], got [3] torch.float32 on cpu"),
+        (dict(size=(4, 0)), "size must be (H,W), two integers of at least 1, got (4, 0)"),
+        (dict(size=4), "size must be (H,W), two integers of at least 1, got 4"),
+        (dict(size=(4.0, 4)), "size must be (H,W), two integers of at least 1, got (4.0, 4)"),
+        (
+            dict(main=[torch.zeros(2, 3, 4, 0)]),
+            "main[0] must be of at least 1×1 cells, got [2, 3, 4, 0] torch.float32 on cpu",
+        ),
         (dict(attention="dot"), "attention must be one of none, cosine, got 'dot'"),
         (dict(reduction="max"), "reduction must be one of mean, sum, none, got 'max'"),
     ],
@@ -137,6 +144,13 @@ TABLE = {
         (
             dict(cams=[torch.zeros(1, 255, 2, 2)], image_labels=torch.ones(1, 255)),
             "cams must be of at most 254 classes (the mask is uint8), got 255",
+        ),
+        (dict(size=(4, 0)), "size must be (H,W), two integers of at least 1, got (4, 0)"),
+        (dict(size=4), "size must be (H,W), two integers of at least 1, got 4"),
+        (dict(size=(4.0, 4)), "size must be (H,W), two integers of at least 1, got (4.0, 4)"),
+        (
+            dict(cams=[torch.zeros(2, 3, 4, 0)]),
+            "cams[0] must be of at least 1×1 cells, got [2, 3, 4, 0] torch.float32 on cpu",
         ),
         (dict(background=0.5), "background must be at most foreground=0.3, got 0.5"),
         (dict(ignore_index=256), "ignore_index must be in 0..255 (the mask is uint8), got 256"),

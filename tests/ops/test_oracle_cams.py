@@ -18,21 +18,23 @@ def maps(*shapes, seed=41):
 
 
 LABELS = torch.tensor([[1, 0, 1], [0, 1, 1]])
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
 
 
+@BACKENDS
 @pytest.mark.parametrize("attention", ["cosine", "none"])
-def test_compare(attention):
+def test_compare(attention, backend):
     main, support = maps((2, 3, 2, 3), (2, 3, 4, 6)), maps((2, 3, 3, 2), (2, 3, 4, 6), seed=43)
     loss, _ = oracle.compare(
         [m.numpy() for m in main], [s.numpy() for s in support], LABELS.numpy(), (4, 6), attention
     )
-    args = dict(size=(4, 6), attention=attention, backend="reference")
+    args = dict(size=(4, 6), attention=attention, backend=backend)
     for reduction, expected in [("none", loss), ("sum", loss.sum()), ("mean", loss.sum() / (2 * 3 * 4 * 6))]:
         got = cam_compare(main, support, LABELS, reduction=reduction, **args)
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@BACKENDS
 def test_gradient_of_compare_holds_the_attention(backend):
     """Finite differences of the literal loss with its attention held, for every element of both sides."""
     main, support = maps((2, 3, 2, 2), (2, 3, 3, 4)), maps((2, 3, 2, 3), seed=47)
@@ -52,15 +54,33 @@ def test_gradient_of_compare_holds_the_attention(backend):
             assert abs((sides[0] - sides[1]) / 2e-6 - float(grad[index])) < 1e-6
 
 
+@BACKENDS
 @pytest.mark.parametrize("foreground, background", [(0.3, None), (0.6, 0.4)])
-def test_regions(foreground, background):
+def test_regions(foreground, background, backend):
     cams = maps((2, 3, 3, 4), (2, 3, 6, 5))
     got = cam_regions(
-        cams, LABELS, size=(6, 8), foreground=foreground, background=background, backend="reference"
+        cams, LABELS, size=(6, 8), foreground=foreground, background=background, backend=backend
     )
     low = foreground if background is None else background
     expected = oracle.region_mask([c.numpy() for c in cams], LABELS.numpy(), (6, 8), foreground, low, 255)
     np.testing.assert_array_equal(got, expected)
+
+
+@given(st.data())
+def test_regions_are_the_references_bit_for_bit(data):
+    """Maps that tie with each other and, where one class is alone, values that lie on a threshold."""
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    b, k, side = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), st.integers(1, 9)
+    grids = [(data.draw(side), data.draw(side)) for _ in range(data.draw(st.integers(1, 3)))]
+    size = (data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)))
+    cams = [(8 * torch.randn(b, k, *grid, generator=g)).round() / 8 for grid in grids]
+    labels = torch.randint(0, 2, (b, k), generator=g)
+    # A threshold on a value: the mask changes with its last bit
+    total = sum(resize_stepwise(c[:1, :1], size).relu() for c in cams)
+    foreground = float((total / (total.max() + 1e-5)).flatten()[data.draw(st.integers(0, total.numel() - 1))])
+    levels = dict(size=size, foreground=foreground, background=foreground / 2)
+    expected = cam_regions(cams, labels, **levels, backend="reference")
+    assert torch.equal(cam_regions(cams, labels, **levels), expected)
 
 
 def images(grid, size, quantum=None):
@@ -73,9 +93,6 @@ def images(grid, size, quantum=None):
     for t in truth:
         t[torch.rand(size, generator=g) < 0.15] = 255
     return cams, [torch.tensor([3, 1, 4]), torch.tensor([2])], truth
-
-
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
 
 
 @BACKENDS
