@@ -10,6 +10,7 @@ import json
 import platform
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,8 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pssl_ext.testing import errors
-
 PASSES = ("forward", "forward+backward")
 MOST_CALLS = 50  # for each provider and pass
 
@@ -29,8 +28,9 @@ MOST_CALLS = 50  # for each provider and pass
 @dataclass(frozen=True)
 class Problem:
     """``providers``: name to a function of ``inputs`` that returns one scalar loss, whose gradient is taken to the
-    ``inputs`` named in ``wanted``. ``ours``: the provider that the ratios refer to.
-    ``bytes_moved``: compulsory bytes of (forward, backward).
+    ``inputs`` named in ``wanted``; where there are none, any tensor, and there is no backward pass.
+    ``ours``: the provider that the ratios refer to. ``bytes_moved``: compulsory bytes of (forward, backward).
+    ``in_numpy``: the providers whose memory is numpy's. ``tolerance`` and ``exceptions``: see ``check_agreement``.
     """
 
     name: str
@@ -39,13 +39,16 @@ class Problem:
     providers: dict[str, Callable[..., Tensor]]
     ours: str
     bytes_moved: tuple[int, int]
+    in_numpy: tuple[str, ...] = ()
+    tolerance: float = 1e-4
+    exceptions: float = 0.0
 
     def step(self, provider: str, backward: bool) -> list[Tensor]:
         """[loss, gradients …] of one call."""
         inputs = {n: t.detach() for n, t in self.inputs.items()}
         leaves = [inputs[n].requires_grad_(backward) for n in self.wanted]
         loss = self.providers[provider](**inputs)
-        grads = torch.autograd.grad(loss, leaves) if backward else ()
+        grads = torch.autograd.grad(loss, leaves) if backward and leaves else ()
         return [loss.detach(), *grads]
 
 
@@ -63,10 +66,11 @@ class Result:
     copy_share: float  # compulsory bytes / time, as a share of the copy bandwidth
 
 
-def check_agreement(problem: Problem, tolerance: float = 1e-4) -> dict[str, int]:
+def check_agreement(problem: Problem) -> dict[str, int]:
     """Loss and gradients of every provider against the first one's; stops with the difference.
 
-    The tolerance is relative to the largest value: loose enough for float32 sums in any order, far below any mistake.
+    The tolerance is relative to the largest value: loose enough for float32 sums in any order, far below any mistake;
+    ``exceptions`` is the share of values that may be further off (labels, where a last bit decides on a pixel).
     How near each is to the truth in float64 is the tests' business. Returns the peak extra bytes of each provider.
     """
     names = ["loss", *(f"grad {n}" for n in problem.wanted)]
@@ -75,10 +79,11 @@ def check_agreement(problem: Problem, tolerance: float = 1e-4) -> dict[str, int]
         found, memory[provider] = _with_peak_bytes(problem, provider, True)
         first, expected = first or provider, expected or found
         for name, got, other in zip(names, found, expected, strict=True):
-            largest, error = float(other.abs().max()), errors(got, other).largest
-            if not error <= tolerance * largest:
+            largest, error = float(other.abs().max()), (got.double() - other.double()).abs()
+            near = error <= problem.tolerance * largest
+            if float((~near).double().mean()) > problem.exceptions:
                 raise SystemExit(
-                    f"{problem.name}: {provider} disagrees with {first}: {name} is {error:.3g} away, "
+                    f"{problem.name}: {provider} disagrees with {first}: {name} is {float(error.max()):.3g} away, "
                     f"largest value {largest:.3g}"
                 )
     return memory
@@ -90,7 +95,7 @@ def measure(problem: Problem, bandwidth: float, seconds: float) -> list[Result]:
     memory = {"forward+backward": check_agreement(problem)}
     memory["forward"] = {name: _with_peak_bytes(problem, name, False)[1] for name in problem.providers}
     results = []
-    for work in PASSES:
+    for work in PASSES if problem.wanted else PASSES[:1]:
         backward = work != "forward"
         times: dict[str, list[float]] = {name: [] for name in problem.providers}
         waiting = set(times)
@@ -137,7 +142,8 @@ def _with_peak_bytes(problem: Problem, provider: str, backward: bool) -> tuple[l
     """The step's result, and the most bytes allocated at one time during it beyond what was there before.
 
     GPU: the caching allocator's peak. CPU: running sum of the profiler's allocation events; it sees what goes through
-    PyTorch's allocator, and no scratch that a kernel takes from malloc itself. The first call warms up and compiles.
+    PyTorch's allocator, and no scratch that a kernel takes from malloc itself. numpy: tracemalloc's peak. The first
+    call warms up and compiles.
     """
     if _synchronize(problem):
         problem.step(provider, backward)
@@ -146,6 +152,12 @@ def _with_peak_bytes(problem: Problem, provider: str, backward: bool) -> tuple[l
         found = problem.step(provider, backward)
         torch.cuda.synchronize()
         return found, torch.cuda.max_memory_allocated() - before
+    if provider in problem.in_numpy:
+        tracemalloc.start()
+        found = problem.step(provider, backward)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found, peak
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         found = problem.step(provider, backward)
