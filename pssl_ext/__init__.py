@@ -12,7 +12,16 @@ from pssl_ext.ops.cam_regions import cam_regions
 from pssl_ext.ops.cam_sweep import cam_sweep
 from pssl_ext.ops.prototype_contrast import prototype_contrast
 from pssl_ext.ops.prototype_pool import prototype_pool
+from pssl_ext.ops.random_walk import random_walk
 
 load_native()
 
-__all__ = ["cam_compare", "cam_regions", "cam_sweep", "explain", "prototype_contrast", "prototype_pool"]
+__all__ = [
+    "cam_compare",
+    "cam_regions",
+    "cam_sweep",
+    "explain",
+    "prototype_contrast",
+    "prototype_pool",
+    "random_walk",
+]

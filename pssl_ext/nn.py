@@ -11,8 +11,9 @@ from pssl_ext.ops.cam_compare import cam_compare
 from pssl_ext.ops.cam_regions import cam_regions
 from pssl_ext.ops.prototype_contrast import prototype_contrast
 from pssl_ext.ops.prototype_pool import prototype_pool
+from pssl_ext.ops.random_walk import random_walk
 
-__all__ = ["CamCompare", "CamRegions", "PrototypeContrast", "PrototypePool"]
+__all__ = ["CamCompare", "CamRegions", "PrototypeContrast", "PrototypePool", "RandomWalk"]
 
 
 class _Operator(nn.Module):
@@ -141,3 +142,21 @@ class CamRegions(_Operator):
         size: tuple[int, int],
     ) -> Tensor:  # uint8 [B,H,W]
         return cam_regions(cams, image_labels, size=size, **self.settings())
+
+
+class RandomWalk(_Operator):
+    """``random_walk``: CAMs of one image spread along an edge map's or a feature map's affinities."""
+
+    def __init__(
+        self, *, radius: int = 5, beta: float = 10.0, log2_steps: int = 8, backend: str = "auto"
+    ) -> None:
+        super().__init__(radius=radius, beta=beta, log2_steps=log2_steps, backend=backend)
+
+    def forward(
+        self,
+        cams: Tensor,  # [k,h,w]
+        edge: Tensor | None = None,  # [h,w]
+        *,
+        features: Tensor | None = None,  # [D,h,w]
+    ) -> Tensor:  # [k,h,w]
+        return random_walk(cams, edge, features=features, **self.settings())

@@ -1,4 +1,4 @@
-"""Pieces that several references share: accumulation type, bilinear resizing, L2 normalisation."""
+"""Pieces that several references share: accumulation type, bilinear resizing, neighbours, L2 normalisation."""
 
 from __future__ import annotations
 
@@ -49,6 +49,21 @@ def _taps(n: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low = source.long().clamp_max(n - 1)
     share = torch.where(low == n - 1, 0.0, source - low)
     return low, (low + 1).clamp_max(n - 1), share.to(like.dtype)
+
+
+def shifted(
+    maps: Tensor,  # [*,h,w]
+    offsets: list[tuple[int, int]],
+    outside: float | str = 0.0,
+) -> list[Tensor]:  # views [*,h,w], one an offset
+    """For each offset (dy,dx) the maps with [y+dy,x+dx] at [y,x]; ``outside`` the map a number, or "replicate"."""
+    h, w = maps.shape[-2:]
+    reach = max((max(abs(dy), abs(dx)) for dy, dx in offsets), default=0)
+    if outside == "replicate":
+        padded = F.pad(maps, [reach] * 4, mode="replicate")
+    else:
+        padded = F.pad(maps, [reach] * 4, value=outside)
+    return [padded[..., reach + dy : reach + dy + h, reach + dx : reach + dx + w] for dy, dx in offsets]
 
 
 def l2_normalize(x: Tensor, dim: int, eps: float) -> Tensor:

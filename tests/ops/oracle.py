@@ -142,3 +142,46 @@ def sweep(cams, ids, truths, c, thresholds=None, power=None, normalize=False):
                         prediction = min(n for n, v in zip(numbers, up[:, y, x], strict=True) if v == best)
                 counts[t, truth[y, x], prediction] += 1
     return counts
+
+
+def edge_affinity(edge, radius, beta):
+    """IRN's dense matrix [h·w,h·w]: one pair of cells at a time."""
+    h, w = edge.shape
+    matrix = np.eye(h * w)
+    for i, j in _pairs(h, w, radius):
+        (y0, x0), (y1, x1) = divmod(i, w), divmod(j, w)
+        length = (y1 - y0) ** 2 + (x1 - x0) ** 2
+        largest = 0.0
+        for y in range(min(y0, y1), max(y0, y1) + 1):
+            for x in range(min(x0, x1), max(x0, x1) + 1):
+                if ((y1 - y0) * (x - x0) - (x1 - x0) * (y - y0)) ** 2 / length < 1:
+                    largest = max(largest, edge[y, x])
+        matrix[i, j] = (1 - largest) ** beta
+    return matrix
+
+
+def feature_affinity(features, radius, beta):
+    """AffinityNet's dense matrix."""
+    d, h, w = features.shape
+    if min(h, w) < 2 * radius + 1:
+        radius = (min(h, w) - 1) // 2
+    flat, matrix = features.reshape(d, h * w), np.eye(h * w)
+    for i, j in _pairs(h, w, radius):
+        matrix[i, j] = np.exp(-np.abs(flat[:, i] - flat[:, j]).mean()) ** beta
+    return matrix
+
+
+def _pairs(h, w, radius):
+    for i in range(h * w):
+        for j in range(h * w):
+            (y0, x0), (y1, x1) = divmod(i, w), divmod(j, w)
+            if i != j and (y1 - y0) ** 2 + (x1 - x0) ** 2 < radius**2:
+                yield i, j
+
+
+def dense_walk(cams, affinity, log2_steps):
+    """[k,h,w] by the transition matrix squared log2_steps times."""
+    transition = affinity / affinity.sum(0, keepdims=True)
+    for _ in range(log2_steps):
+        transition = transition @ transition
+    return (cams.reshape(len(cams), -1) @ transition).reshape(cams.shape)

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from pssl_ext import cam_compare, cam_regions, cam_sweep, prototype_contrast, prototype_pool
+from pssl_ext import cam_compare, cam_regions, cam_sweep, prototype_contrast, prototype_pool, random_walk
 
 FEATURES = torch.zeros(2, 4, 3, 3)
 LABELS = torch.zeros(2, 6, 6, dtype=torch.int64)
@@ -25,6 +25,7 @@ SWEEP = dict(
     thresholds=[0.5],
     num_regions=3,
 )
+WALK = dict(cams=torch.zeros(2, 4, 5), edge=torch.zeros(4, 5))
 CELLS = "features must be of at least 1×1 cells where there are label pixels"
 FLOATS = "float16, bfloat16, float32 or float64"
 
@@ -34,6 +35,7 @@ SOUND = {
     cam_compare: COMPARE,
     cam_regions: REGIONS,
     cam_sweep: SWEEP,
+    random_walk: WALK,
 }
 
 #: for each function unsound arguments, and what the error says after "<op>: "
@@ -176,6 +178,29 @@ TABLE = {
         ),
         (dict(thresholds=None, power=[0.0]), "power must be greater than 0, got 0.0"),
         (dict(thresholds=torch.zeros(1, 2)), "thresholds must be [T], got [1, 2] torch.float32 on cpu"),
+    ],
+    random_walk: [
+        (dict(cams=LABELS), f"cams must be {FLOATS}, got torch.int64"),
+        (dict(cams=FEATURES), "cams must be [k,h,w], got [2, 4, 3, 3] torch.float32 on cpu"),
+        (dict(edge=None), "edge must be given, or else features, got 'none'"),
+        (dict(features=torch.zeros(1, 4, 5)), "edge must be given, or else features, got 'both'"),
+        (dict(edge=torch.zeros(5, 4)), "edge must be [h,w]=[4,5], got [5, 4] torch.float32 on cpu"),
+        (dict(edge=LABELS[0]), f"edge must be {FLOATS}, got torch.int64"),
+        (
+            dict(edge=torch.zeros(4, 5, device=META)),
+            "edge must be on cpu as the first argument, got [4, 5] torch.float32 on meta",
+        ),
+        (
+            dict(edge=None, features=torch.zeros(0, 4, 5)),
+            "features must be [D,h,w]=[*,4,5] with D >= 1, got [0, 4, 5] torch.float32 on cpu",
+        ),
+        (dict(radius=0), "radius must be at least 1, got 0"),
+        (dict(beta=0.0), "beta must be greater than 0, got 0.0"),
+        (dict(log2_steps=-1), "log2_steps must be in 0..30, got -1"),
+        (dict(log2_steps=31), "log2_steps must be in 0..30, got 31"),
+        (dict(edge=torch.full((4, 5), 1.5)), "edge must hold values in 0..1, got [1.5]"),
+        (dict(edge=torch.full((4, 5), -0.5)), "edge must hold values in 0..1, got [-0.5]"),
+        (dict(edge=torch.full((4, 5), torch.nan)), "edge must hold values in 0..1, got [nan]"),
     ],
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import planted
 
-from pssl_ext.ops import prototype_contrast, prototype_pool
+from pssl_ext.ops import prototype_contrast, prototype_pool, random_walk
 from pssl_ext.registry import OPS
 from pssl_ext.testing import Case, assert_same_bits, check, run
 
@@ -154,3 +154,19 @@ def test_one_wrong_count():
 
     with planted("cam_sweep", kernel), pytest.raises(AssertionError, match="1 of"):
         check(Case("cam_sweep", "one_image"))
+
+
+def test_a_walk_through_walls(monkeypatch):
+    """The edges between two cells left out, their ends alone counted."""
+
+    def kernel(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(random_walk, "path", lambda dy, dx: [(0, 0), (dy, dx)])
+            return random_walk.reference(*args)
+
+    args = Case("random_walk", "edges").sample.args
+    with planted("random_walk", kernel):
+        got = OPS["random_walk"].function(**args)
+    assert not torch.allclose(got, OPS["random_walk"].function(**args, backend="reference"), rtol=1e-2)
+    with planted("random_walk", kernel), pytest.raises(AssertionError, match=r"random_walk-walls.*output 0"):
+        check(Case("random_walk", "walls", backend="native"))
