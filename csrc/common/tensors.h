@@ -9,6 +9,10 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -174,6 +178,18 @@ inline double scalar_value(const Tensor& t) {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Asks for huge pages for what lies within large memory that is about to be written for the first time: page by page,
+// the system takes longer over it than the kernels do. Where it refuses, nothing is lost.
+inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t large = int64_t(4) << 20, page = 4096;
+  if (bytes < large) return;
+  const int64_t begin = round_up(int64_t(reinterpret_cast<intptr_t>(memory)), page);
+  const int64_t end = (int64_t(reinterpret_cast<intptr_t>(memory)) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(intptr_t(begin)), size_t(end - begin), MADV_HUGEPAGE);
+#endif
+}
+
 // Memory of one call: uninitialised or zeroed, aligned to a cache line.
 template <class T>
 class Buffer {
@@ -183,6 +199,7 @@ class Buffer {
   void reset(int64_t n, bool zeroed = false) {
     storage_.reset(
         static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t{64})));
+    prefer_huge_pages(storage_.get(), n * int64_t(sizeof(T)));
     if (zeroed) std::fill_n(storage_.get(), n, T(0));
   }
   T* get() const { return storage_.get(); }
