@@ -186,33 +186,19 @@ struct Walk {
       for (int c = 0; c < C; ++c)
         store(to + c * size + p + v * L, here[c][v] + load(&scale[p + v * L]) * change[c][v]);
   }
-  template <int C, int V>
-  void mix_cells(const T* from, T* to, int64_t begin, int64_t end) const {
-    for (int64_t p = begin; p < end; p += V * kLanes<T>) mix<C, V>(from, to, p);
-  }
-  void mix_classes(const T* from, T* to, int64_t classes, int64_t begin, int64_t end) const {
-    switch (classes) {
-      case 1:
-        return mix_cells<1, 8>(from, to, begin, end);
-      case 2:
-        return mix_cells<2, 4>(from, to, begin, end);
-      case 3:
-        return mix_cells<3, 2>(from, to, begin, end);
-      default:
-        return mix_cells<4, 2>(from, to, begin, end);
-    }
-  }
-
   // One step of k maps [k][size].
   void step(const T* from, T* to, int64_t k) const {
     const int64_t chunk = kChunkCells / run.block * run.block;
     const int64_t grain = run.grain(2 * k * int64_t(run.offsets.size()));
     torch::stable::parallel_for(0, run.blocks, grain, [&](int64_t first, int64_t last) {
       const int64_t end = run.lead + last * run.block;
-      for (int64_t p = run.lead + first * run.block; p < end; p += chunk)
-        for (int64_t c = 0; c < k; c += 4)
-          mix_classes(from + c * run.size, to + c * run.size, std::min<int64_t>(4, k - c), p,
-                      std::min(p + chunk, end));
+      for (int64_t begin = run.lead + first * run.block; begin < end; begin += chunk)
+        for (int64_t c = 0; c < k; c += kMapGroup)
+          with_map_group(std::min(kMapGroup, k - c), [&](auto maps, auto vectors) {
+            constexpr int C = maps(), V = vectors();
+            for (int64_t p = begin; p < std::min(begin + chunk, end); p += V * kLanes<T>)
+              mix<C, V>(from + c * run.size, to + c * run.size, p);
+          });
     });
   }
 
@@ -229,7 +215,7 @@ struct Walk {
   // the affinities are so many that all classes had better share one reading of them.
   bool all_steps(T* from, T* to, int64_t k, int64_t count) const {
     const int64_t threads = torch::stable::get_num_threads(),
-                  group = std::min<int64_t>(4, (k + threads - 1) / threads);
+                  group = std::min(kMapGroup, (k + threads - 1) / threads);
     if ((k + group - 1) / group < threads || int64_t(run.offsets.size() * sizeof(T)) * run.size > kCacheBytes)
       return steps(from, to, k, count);
     torch::stable::parallel_for(0, (k + group - 1) / group, 1, [&](int64_t begin, int64_t end) {

@@ -10,6 +10,7 @@ from pssl_ext.backends import explain, load_native
 from pssl_ext.ops.cam_compare import cam_compare
 from pssl_ext.ops.cam_regions import cam_regions
 from pssl_ext.ops.cam_sweep import cam_sweep
+from pssl_ext.ops.pixel_refine import pixel_refine
 from pssl_ext.ops.prototype_contrast import prototype_contrast
 from pssl_ext.ops.prototype_pool import prototype_pool
 from pssl_ext.ops.random_walk import random_walk
@@ -21,6 +22,7 @@ __all__ = [
     "cam_regions",
     "cam_sweep",
     "explain",
+    "pixel_refine",
     "prototype_contrast",
     "prototype_pool",
     "random_walk",

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from pssl_ext.ops.cam_compare import cam_compare
 from pssl_ext.ops.cam_regions import cam_regions
+from pssl_ext.ops.pixel_refine import pixel_refine
 from pssl_ext.ops.prototype_contrast import prototype_contrast
 from pssl_ext.ops.prototype_pool import prototype_pool
 from pssl_ext.ops.random_walk import random_walk
 
-__all__ = ["CamCompare", "CamRegions", "PrototypeContrast", "PrototypePool", "RandomWalk"]
+__all__ = ["CamCompare", "CamRegions", "PixelRefine", "PrototypeContrast", "PrototypePool", "RandomWalk"]
 
 
 class _Operator(nn.Module):
@@ -160,3 +161,31 @@ class RandomWalk(_Operator):
         features: Tensor | None = None,  # [D,h,w]
     ) -> Tensor:  # [k,h,w]
         return random_walk(cams, edge, features=features, **self.settings())
+
+
+class PixelRefine(_Operator):
+    """``pixel_refine``: masks that follow the colours of the image (PAR)."""
+
+    def __init__(
+        self,
+        *,
+        dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
+        iterations: int = 10,
+        colour_scale: float = 0.3,
+        position_weight: float = 0.01,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            dilations=tuple(dilations),
+            iterations=iterations,
+            colour_scale=colour_scale,
+            position_weight=position_weight,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        images: Tensor,  # [B,3,H,W]
+        masks: Tensor,  # [B,k,h,w]
+    ) -> Tensor:  # [B,k,H,W]
+        return pixel_refine(images, masks, **self.settings())

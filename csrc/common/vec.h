@@ -158,6 +158,24 @@ inline void with_columns(int64_t columns, const F& f) {
   f(columns);
 }
 
+// Stencils over several maps that share their weights: calls f(maps, vectors) with the number of maps, 1..kMapGroup, and
+// of vectors to work on at a time as constants, so that weights are loaded once for all maps and sums stay in registers.
+constexpr int64_t kMapGroup = 4;
+template <class F>
+inline void with_map_group(int64_t maps, const F& f) {
+  using std::integral_constant;
+  switch (maps) {
+    case 1:
+      return f(integral_constant<int, 1>{}, integral_constant<int, 8>{});
+    case 2:
+      return f(integral_constant<int, 2>{}, integral_constant<int, 4>{});
+    case 3:
+      return f(integral_constant<int, 3>{}, integral_constant<int, 2>{});
+    default:
+      return f(integral_constant<int, 4>{}, integral_constant<int, 2>{});
+  }
+}
+
 // Room for one pixel's classes: on the stack where their number is a constant, else behind a pointer.
 template <class T, class Columns>
 struct PixelScratch {

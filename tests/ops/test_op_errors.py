@@ -5,7 +5,15 @@ import re
 import pytest
 import torch
 
-from pssl_ext import cam_compare, cam_regions, cam_sweep, prototype_contrast, prototype_pool, random_walk
+from pssl_ext import (
+    cam_compare,
+    cam_regions,
+    cam_sweep,
+    pixel_refine,
+    prototype_contrast,
+    prototype_pool,
+    random_walk,
+)
 
 FEATURES = torch.zeros(2, 4, 3, 3)
 LABELS = torch.zeros(2, 6, 6, dtype=torch.int64)
@@ -26,6 +34,7 @@ SWEEP = dict(
     num_regions=3,
 )
 WALK = dict(cams=torch.zeros(2, 4, 5), edge=torch.zeros(4, 5))
+REFINE = dict(images=torch.zeros(2, 3, 6, 5), masks=torch.zeros(2, 4, 3, 3))
 CELLS = "features must be of at least 1×1 cells where there are label pixels"
 FLOATS = "float16, bfloat16, float32 or float64"
 
@@ -36,6 +45,7 @@ SOUND = {
     cam_regions: REGIONS,
     cam_sweep: SWEEP,
     random_walk: WALK,
+    pixel_refine: REFINE,
 }
 
 #: for each function unsound arguments, and what the error says after "<op>: "
@@ -201,6 +211,34 @@ TABLE = {
         (dict(edge=torch.full((4, 5), 1.5)), "edge must hold values in 0..1, got [1.5]"),
         (dict(edge=torch.full((4, 5), -0.5)), "edge must hold values in 0..1, got [-0.5]"),
         (dict(edge=torch.full((4, 5), torch.nan)), "edge must hold values in 0..1, got [nan]"),
+    ],
+    pixel_refine: [
+        (dict(images=LABELS), f"images must be {FLOATS}, got torch.int64"),
+        (
+            dict(images=FEATURES),
+            "images must be [B,3,H,W] of at least 1×1 pixels, got [2, 4, 3, 3] torch.float32 on cpu",
+        ),
+        (
+            dict(images=torch.zeros(2, 3, 0, 5)),
+            "images must be [B,3,H,W] of at least 1×1 pixels, got [2, 3, 0, 5] torch.float32 on cpu",
+        ),
+        (dict(masks=LABELS), f"masks must be {FLOATS}, got torch.int64"),
+        (
+            dict(masks=torch.zeros(1, 4, 3, 3)),
+            "masks must be [B,k,h,w]=[2,*,*,*] of at least 1×1 cells, got [1, 4, 3, 3] torch.float32 on cpu",
+        ),
+        (
+            dict(masks=torch.zeros(2, 4, 3, 0)),
+            "masks must be [B,k,h,w]=[2,*,*,*] of at least 1×1 cells, got [2, 4, 3, 0] torch.float32 on cpu",
+        ),
+        (
+            dict(masks=torch.zeros(2, 4, 3, 3, device=META)),
+            "masks must be on cpu as the first argument, got [2, 4, 3, 3] torch.float32 on meta",
+        ),
+        (dict(dilations=()), "dilations must be one or more distances, each at least 1, got []"),
+        (dict(dilations=(1, 0)), "dilations must be one or more distances, each at least 1, got [1, 0]"),
+        (dict(iterations=0), "iterations must be at least 1, got 0"),
+        (dict(colour_scale=0.0), "colour_scale must be greater than 0, got 0.0"),
     ],
 }
 

@@ -14,6 +14,7 @@ MODULES = {
     "prototype_contrast": pssl_nn.PrototypeContrast,
     "cam_compare": pssl_nn.CamCompare,
     "cam_regions": pssl_nn.CamRegions,
+    "pixel_refine": pssl_nn.PixelRefine,
     "random_walk": pssl_nn.RandomWalk,
 }
 

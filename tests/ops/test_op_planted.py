@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support import planted
+from support import planted, schema_args
 
-from pssl_ext.ops import prototype_contrast, prototype_pool, random_walk
+from pssl_ext.ops import _reference, pixel_refine, prototype_contrast, prototype_pool, random_walk
 from pssl_ext.registry import OPS
 from pssl_ext.testing import Case, assert_same_bits, check, run
 
@@ -156,17 +156,28 @@ def test_one_wrong_count():
         check(Case("cam_sweep", "one_image"))
 
 
-def test_a_walk_through_walls(monkeypatch):
+@pytest.mark.parametrize("sample", ["edges", "walls"])
+def test_a_walk_through_walls(sample, monkeypatch):
     """The edges between two cells left out, their ends alone counted."""
+    monkeypatch.setattr(random_walk, "path", lambda dy, dx: [(0, 0), (dy, dx)])
+    check_planted("random_walk", sample, random_walk, monkeypatch)
 
-    def kernel(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(random_walk, "path", lambda dy, dx: [(0, 0), (dy, dx)])
-            return random_walk.reference(*args)
 
-    args = Case("random_walk", "edges").sample.args
-    with planted("random_walk", kernel):
-        got = OPS["random_walk"].function(**args)
-    assert not torch.allclose(got, OPS["random_walk"].function(**args, backend="reference"), rtol=1e-2)
-    with planted("random_walk", kernel), pytest.raises(AssertionError, match=r"random_walk-walls.*output 0"):
-        check(Case("random_walk", "walls", backend="native"))
+@pytest.mark.parametrize("sample", ["same_size", "defaults"])
+def test_refinement_with_dark_borders(sample, monkeypatch):
+    """Zeros where the borders should be replicated."""
+    dark = lambda maps, offsets, outside: _reference.shifted(maps, offsets)  # noqa: E731
+    monkeypatch.setattr(pixel_refine, "shifted", dark)
+    check_planted("pixel_refine", sample, pixel_refine, monkeypatch)
+
+
+def check_planted(op, sample, module, monkeypatch):
+    """The kernel is ``module``'s reference as patched; what it is checked against is the sound one."""
+    case = Case(op, sample)
+    wrong = module.reference(*schema_args(case))
+    monkeypatch.undo()
+    with (
+        planted(op, lambda *args: wrong.clone()),
+        pytest.raises(AssertionError, match=f"{op}-{sample}.*output 0"),
+    ):
+        check(case)
