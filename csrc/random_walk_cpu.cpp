@@ -19,6 +19,8 @@ constexpr int64_t kBlockVectors = 8;
 constexpr int64_t kChunkCells = 2048;  // a chunk's affinities stay in the second-level cache for all classes
 // Multiplications that are worth waking a thread for; at each of hundreds of steps the slowest is waited for.
 constexpr int64_t kThreadWork = 1000000;
+// The same for all steps of some classes, where threads wait for each other once.
+constexpr int64_t kWalkWork = 50000000;
 // Affinities that every thread may stream through at each step.
 constexpr int64_t kCacheBytes = int64_t(8) << 20;
 constexpr int64_t kChannels = 16;  // of the features that are packed at a time
@@ -214,11 +216,12 @@ struct Walk {
   // Threads take classes, which need not wait for each other until the end, if there are enough of them; but not where
   // the affinities are so many that all classes had better share one reading of them.
   bool all_steps(T* from, T* to, int64_t k, int64_t count) const {
-    const int64_t threads = torch::stable::get_num_threads(),
-                  group = std::min(kMapGroup, (k + threads - 1) / threads);
-    if ((k + group - 1) / group < threads || int64_t(run.offsets.size() * sizeof(T)) * run.size > kCacheBytes)
+    const int64_t threads = torch::stable::get_num_threads(), offsets = int64_t(run.offsets.size());
+    const int64_t group = std::min(kMapGroup, (k + threads - 1) / threads), groups = (k + group - 1) / group;
+    const double work = 2.0 * double(offsets * run.size * group) * double(count);  // of one group
+    if (groups < threads || work < double(kWalkWork) || offsets * run.size * int64_t(sizeof(T)) > kCacheBytes)
       return steps(from, to, k, count);
-    torch::stable::parallel_for(0, (k + group - 1) / group, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin * group; c < std::min(end * group, k); c += group)
         steps(from + c * run.size, to + c * run.size, std::min(group, k - c), count);
     });

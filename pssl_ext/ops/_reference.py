@@ -58,7 +58,7 @@ def shifted(
 ) -> list[Tensor]:  # views [*,h,w], one an offset
     """For each offset (dy,dx) the maps with [y+dy,x+dx] at [y,x]; ``outside`` the map a number, or "replicate"."""
     h, w = maps.shape[-2:]
-    reach = max((max(abs(dy), abs(dx)) for dy, dx in offsets), default=0)
+    reach = max([0, *(max(abs(dy), abs(dx)) for dy, dx in offsets)])
     if outside == "replicate":
         padded = F.pad(maps, [reach] * 4, mode="replicate")
     else:
