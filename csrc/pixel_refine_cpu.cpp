@@ -4,7 +4,8 @@
 // second-level cache while all classes pass over it. Maps have their borders replicated to the left and the right of
 // each row; above and below, the row's number is clamped instead. Rows are independent: any number of threads gives
 // the same bits.
-#include "common/label_grid_cpu.h"
+#include "common/axis_cpu.h"
+#include "common/tile_cpu.h"
 #include "pixel_refine.h"
 
 namespace {
@@ -76,7 +77,7 @@ void read_image(const Tensor& images, int64_t b, const Maps<T>& image) {
   });
 }
 
-// The masks of image b, resized.
+// The masks of image b, resized. (The functions of resize_cpu.h are for files without fused multiply-add.)
 template <class T>
 void read_masks(const Tensor& tensor, int64_t b, const Axis<T>& ys, const Axis<T>& xs, const Maps<T>& masks) {
   const int64_t h = tensor.size(2), w = tensor.size(3);
