@@ -13,25 +13,29 @@ namespace pssl {
 template <class T>
 struct ThresholdCells {
   T lowest, scale;  // cell = (value - lowest) * scale
-  int64_t cells;
+  int32_t cells;
+  bool single;  // no cell holds more than one threshold
 };
 
 // The cell of `value`, 0 for NaN.
 template <class T>
-PSSL_HD inline int64_t threshold_cell(const ThresholdCells<T>& grid, T value) {
+PSSL_HD inline int32_t threshold_cell(const ThresholdCells<T>& grid, T value) {
   const T z = (value - grid.lowest) * grid.scale;
   const T last = T(grid.cells - 1);
-  return z > T(0) ? int64_t(z < last ? z : last) : 0;
+  return z > T(0) ? int32_t(z < last ? z : last) : 0;
 }
 
-// `ordered`: ascending, no NaN. `first[c]`: the number of thresholds in cells below c, c <= cells. 0 for NaN.
-template <class T>
-PSSL_HD inline int64_t thresholds_below(const ThresholdCells<T>& grid, const int32_t* first, const T* ordered,
+// `ordered`: ascending, no NaN, and infinity behind the last. `first[c]`: the number of thresholds in cells below c,
+// c <= cells. 0 for NaN.
+template <bool kSingle, class T>
+PSSL_HD inline int32_t thresholds_below(const ThresholdCells<T>& grid, const int32_t* first, const T* ordered,
                                         T value) {
-  const int64_t cell = threshold_cell(grid, value);
-  int64_t begin = first[cell], end = first[cell + 1];
+  const int32_t cell = threshold_cell(grid, value);
+  int32_t begin = first[cell];
+  if (kSingle) return begin + (ordered[begin] < value);  // or the next cell's, which is not below
+  int32_t end = first[cell + 1];
   while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
+    const int32_t middle = begin + (end - begin) / 2;
     if (ordered[middle] < value) {
       begin = middle + 1;
     } else {

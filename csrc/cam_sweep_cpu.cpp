@@ -22,32 +22,43 @@ constexpr int64_t kTaskPixels = 1 << 13;  // that a thread takes at a time
 
 template <class T>
 struct Thresholds {
-  std::vector<T> ordered;
+  std::vector<T> ordered;      // and infinity
   std::vector<int64_t> order;  // where each of `ordered` stood
   ThresholdCells<T> grid;
   std::vector<int32_t> first;
 
-  explicit Thresholds(const Tensor& t) : ordered(t.numel()), order(t.numel()) {
+  explicit Thresholds(const Tensor& t) : order(t.numel()) {
     const int64_t n = t.numel();
+    const T infinity = std::numeric_limits<T>::infinity();
     std::vector<T> given(n);
     read_elements(t, 0, t.stride(0), n, given.data());
     for (T& value : given)
-      if (value != value) value = std::numeric_limits<T>::infinity();  // nothing is above NaN
+      if (value != value) value = infinity;  // nothing is above NaN
     std::iota(order.begin(), order.end(), int64_t(0));
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given[a] < given[b]; });
-    for (int64_t i = 0; i < n; ++i) ordered[i] = given[order[i]];
+    for (int64_t i : order) ordered.push_back(given[i]);
     T low = 0, high = 0;
     bool any = false;
     for (T value : ordered)
       if (std::isfinite(value)) low = any ? low : value, high = value, any = true;
-    const int64_t cells = std::clamp<int64_t>(4 * n, 64, 4096);
+    const int32_t cells = int32_t(std::clamp<int64_t>(4 * n, 64, 1 << 14));
     const T scale = high > low ? T(cells) / (high - low) : T(1);
-    grid = {low, std::isfinite(scale) ? scale : T(1), cells};
+    grid = {low, std::isfinite(scale) ? scale : T(1), cells, true};
     first.assign(cells + 1, 0);
-    for (T value : ordered) ++first[threshold_cell(grid, value) + 1];
+    for (T value : ordered) grid.single &= ++first[threshold_cell(grid, value) + 1] == 1;
     std::partial_sum(first.begin(), first.end(), first.begin());
+    ordered.push_back(infinity);
   }
-  int64_t below(T value) const { return thresholds_below(grid, first.data(), ordered.data(), value); }
+  PSSL_NOINLINE void below_row(const T* values, int64_t n, int32_t* below) const {
+    const ThresholdCells<T> cells = grid;
+    const int32_t* f = first.data();
+    const T* o = ordered.data();
+    if (cells.single) {
+      for (int64_t x = 0; x < n; ++x) below[x] = thresholds_below<true>(cells, f, o, values[x]);
+    } else {
+      for (int64_t x = 0; x < n; ++x) below[x] = thresholds_below<false>(cells, f, o, values[x]);
+    }
+  }
 };
 
 template <class T>
@@ -84,14 +95,15 @@ struct Image {
 template <class T>
 struct Scratch {
   Buffer<T> memory, values, best;
-  Buffer<int64_t> truth;
-  Buffer<int32_t> region;
+  Buffer<int64_t> truth, row;
+  Buffer<int32_t> region, below;
 
   explicit Scratch(const std::deque<Image<T>>& images) {
     int64_t most = 0, width = 0;
     for (const auto& image : images)
       most = std::max(most, image.cams.scratch()), width = std::max(width, image.cams.W);
     memory.reset(most), values.reset(width), best.reset(width), truth.reset(width), region.reset(width);
+    row.reset(width), below.reset(width);
   }
 };
 
@@ -113,7 +125,7 @@ class Sweep {
     Buffer<int64_t> total(C_ * C_ * bins_, true);
     std::mutex adding;
     torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      Buffer<int64_t> histogram(C_ * C_ * bins_, true);
+      Buffer<int64_t> histogram((C_ * C_ + 1) * bins_, true);  // the last row: what does not count
       each_row(begin, end, [&](Image<T>& image, int64_t, int64_t y, Scratch<T>& s) {
         count_row(image, y, s, histogram.get());
       });
@@ -177,16 +189,29 @@ class Sweep {
       if (!image.divisor.empty()) divide_row(s.values.get(), W, image.divisor[j]);
       keep_best(s.values.get(), W, int32_t(image.classes[j].first), s.best.get(), s.region.get());
     }
+    thresholds_.below_row(s.best.get(), W, s.below.get());
     image.truth.read_plane(y, 0, W, s.truth.get());
+    if (!histogram_rows(s, W)) report(image.check, s.truth.get(), W);
+    for (int64_t x = 0; x < W; ++x) ++histogram[s.row[x] + s.below[x]];
+  }
+  // Where each pixel's bins begin: row [label][region], or behind all of them if it is not counted. False if a label is
+  // out of range.
+  PSSL_NOINLINE bool histogram_rows(Scratch<T>& s, int64_t W) const {
+    const int64_t *truth = s.truth.get(), C = C_, bins = bins_, ignore = ignore_, rest = C * C * bins;
+    const int32_t* region = s.region.get();
+    int64_t* __restrict row = s.row.get();
+    int64_t bad = 0;
     for (int64_t x = 0; x < W; ++x) {
-      const int64_t label = s.truth[x];
-      if (label == ignore_) continue;
-      if (label < 0 || label >= C_) {
-        image.check.found(label);
-        continue;
-      }
-      ++histogram[(label * C_ + s.region[x]) * bins_ + thresholds_.below(s.best[x])];
+      const int64_t label = truth[x];
+      const bool inside = uint64_t(label) < uint64_t(C);
+      row[x] = inside & (label != ignore) ? (label * C + region[x]) * bins : rest;
+      bad += !inside & (label != ignore);
     }
+    return bad == 0;
+  }
+  void report(LabelCheck& check, const int64_t* truth, int64_t W) const {
+    for (int64_t x = 0; x < W; ++x)
+      if (truth[x] != ignore_ && (truth[x] < 0 || truth[x] >= C_)) check.found(truth[x]);
   }
 
   // Pixels with at most j thresholds below them are background at threshold j.
