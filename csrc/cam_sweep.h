@@ -20,17 +20,17 @@ struct ThresholdCells {
 // The cell of `value`, 0 for NaN.
 template <class T>
 PSSL_HD inline int32_t threshold_cell(const ThresholdCells<T>& grid, T value) {
-  const T z = (value - grid.lowest) * grid.scale;
+  T z = (value - grid.lowest) * grid.scale;
   const T last = T(grid.cells - 1);
-  return z > T(0) ? int32_t(z < last ? z : last) : 0;
+  z = z > T(0) ? z : T(0);
+  z = z < last ? z : last;
+  return int32_t(z);
 }
 
-// `ordered`: ascending, no NaN, and infinity behind the last. `first[c]`: the number of thresholds in cells below c,
-// c <= cells. 0 for NaN.
+// Thresholds strictly below `value`, which lies in `cell`. `ordered`: ascending, no NaN, and infinity behind the last.
+// `first[c]`: the number of thresholds in cells below c, c <= cells. 0 for NaN.
 template <bool kSingle, class T>
-PSSL_HD inline int32_t thresholds_below(const ThresholdCells<T>& grid, const int32_t* first, const T* ordered,
-                                        T value) {
-  const int32_t cell = threshold_cell(grid, value);
+PSSL_HD inline int32_t thresholds_below(int32_t cell, const int32_t* first, const T* ordered, T value) {
   int32_t begin = first[cell];
   if (kSingle) return begin + (ordered[begin] < value);  // or the next cell's, which is not below
   int32_t end = first[cell + 1];

@@ -1,7 +1,7 @@
-// cam_sweep on the CPU: one histogram [ground truth, best class, thresholds below the maximum] (identity 2).
+// cam_sweep on the CPU: a histogram [ground truth, best class, thresholds below the maximum] (identity 2).
 //
-// Threads take runs of rows, each with a histogram of its own; counts are integers, so that the order in which these
-// are added does not matter.
+// Threads take runs of rows, each with a histogram of its own over the classes of one image at a time: small enough for
+// the first-level cache. Counts are integers, so that the order in which they are added up does not matter.
 #include <cmath>
 #include <deque>
 #include <limits>
@@ -49,15 +49,26 @@ struct Thresholds {
     std::partial_sum(first.begin(), first.end(), first.begin());
     ordered.push_back(infinity);
   }
-  PSSL_NOINLINE void below_row(const T* values, int64_t n, int32_t* below) const {
-    const ThresholdCells<T> cells = grid;
-    const int32_t* f = first.data();
-    const T* o = ordered.data();
-    if (cells.single) {
-      for (int64_t x = 0; x < n; ++x) below[x] = thresholds_below<true>(cells, f, o, values[x]);
+  // below[x] = the number of thresholds below values[x]
+  void below_row(const T* values, int64_t n, int32_t* below) const {
+    cell_row(grid, values, n, below);
+    if (grid.single) {
+      look_up<true>(first.data(), ordered.data(), values, n, below);
     } else {
-      for (int64_t x = 0; x < n; ++x) below[x] = thresholds_below<false>(cells, f, o, values[x]);
+      look_up<false>(first.data(), ordered.data(), values, n, below);
     }
+  }
+
+ private:
+  // A loop of its own: the compiler has vectors for this one.
+  PSSL_NOINLINE static void cell_row(const ThresholdCells<T> grid, const T* __restrict values, int64_t n,
+                                     int32_t* __restrict cells) {
+    for (int64_t x = 0; x < n; ++x) cells[x] = threshold_cell(grid, values[x]);
+  }
+  template <bool kSingle>
+  PSSL_NOINLINE static void look_up(const int32_t* __restrict first, const T* __restrict ordered,
+                                    const T* __restrict values, int64_t n, int32_t* __restrict cells) {
+    for (int64_t x = 0; x < n; ++x) cells[x] = thresholds_below<kSingle>(cells[x], first, ordered, values[x]);
   }
 };
 
@@ -88,6 +99,7 @@ struct Image {
     }
     std::stable_sort(classes.begin(), classes.end(), [](auto a, auto b) { return a.first < b.first; });
   }
+  int64_t slots() const { return std::max<int64_t>(1, classes.size()); }  // of the histogram
   int64_t tasks() const { return cams.W ? (cams.H + rows_per_task - 1) / rows_per_task : 0; }
 };
 
@@ -95,15 +107,15 @@ struct Image {
 template <class T>
 struct Scratch {
   Buffer<T> memory, values, best;
-  Buffer<int64_t> truth, row;
-  Buffer<int32_t> region, below;
+  Buffer<int64_t> wide_truth;
+  Buffer<int32_t> truth, slot, bin;
 
   explicit Scratch(const std::deque<Image<T>>& images) {
     int64_t most = 0, width = 0;
     for (const auto& image : images)
       most = std::max(most, image.cams.scratch()), width = std::max(width, image.cams.W);
-    memory.reset(most), values.reset(width), best.reset(width), truth.reset(width), region.reset(width);
-    row.reset(width), below.reset(width);
+    memory.reset(most), values.reset(width), best.reset(width);
+    wide_truth.reset(width), truth.reset(width), slot.reset(width), bin.reset(width);
   }
 };
 
@@ -122,33 +134,49 @@ class Sweep {
   }
 
   Tensor counts() {
-    Buffer<int64_t> total(C_ * C_ * bins_, true);
+    Tensor result = new_tensor({bins_ - 1, C_, C_}, ScalarType::Long);
+    int64_t* out = result.mutable_data_ptr<int64_t>();
+    std::fill_n(out, (bins_ - 1) * C_ * C_, int64_t(0));
+    int64_t most = 0;
+    for (const auto& image : images_) most = std::max(most, histogram_size(image));
+    STD_TORCH_CHECK(most < std::numeric_limits<int32_t>::max(), kOp,
+                    ": num_regions × classes × thresholds = ", most, " is too large");
     std::mutex adding;
     torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      Buffer<int64_t> histogram((C_ * C_ + 1) * bins_, true);  // the last row: what does not count
-      each_row(begin, end, [&](Image<T>& image, int64_t, int64_t y, Scratch<T>& s) {
+      Buffer<int64_t> histogram(most);
+      auto start = [&](const Image<T>& image) {
+        std::fill_n(histogram.get(), histogram_size(image), int64_t(0));
+      };
+      auto finish = [&](const Image<T>& image) {
+        const std::lock_guard<std::mutex> lock(adding);
+        add_counts(image, histogram.get(), out);
+      };
+      auto row = [&](Image<T>& image, int64_t, int64_t y, Scratch<T>& s) {
         count_row(image, y, s, histogram.get());
-      });
-      const std::lock_guard<std::mutex> lock(adding);
-      for (int64_t i = 0; i < C_ * C_ * bins_; ++i) total[i] += histogram[i];
+      };
+      each_row(begin, end, row, start, finish);
     });
     for (size_t i = 0; i < images_.size(); ++i)
       images_[i].check.raise_if_found(kOp, C_, ignore_, "ground_truth[" + std::to_string(i) + "]");
-    return matrices(total);
+    return result;
   }
 
  private:
-  // f(image, task, y, scratch) for the rows of tasks [begin, end)
-  template <class F>
-  void each_row(int64_t begin, int64_t end, const F& f) {
+  // row(image, task, y, scratch) for the rows of tasks [begin, end), between start(image) and finish(image)
+  template <class Row, class Start, class Finish>
+  void each_row(int64_t begin, int64_t end, const Row& row, const Start& start, const Finish& finish) {
     Scratch<T> scratch(images_);
-    size_t i = 0;
-    for (int64_t task = begin; task < end; ++task) {
-      while (task >= images_[i].first_task + images_[i].tasks()) ++i;
-      Image<T>& image = images_[i];
-      const int64_t y0 = (task - image.first_task) * image.rows_per_task;
-      for (int64_t y = y0; y < std::min(y0 + image.rows_per_task, image.cams.H); ++y)
-        f(image, task, y, scratch);
+    for (Image<T>& image : images_) {
+      const int64_t first = std::max(begin, image.first_task);
+      const int64_t last = std::min(end, image.first_task + image.tasks());
+      if (first >= last) continue;
+      start(image);
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t y0 = (task - image.first_task) * image.rows_per_task;
+        for (int64_t y = y0; y < std::min(y0 + image.rows_per_task, image.cams.H); ++y)
+          row(image, task, y, scratch);
+      }
+      finish(image);
     }
   }
   void read_row(const Image<T>& image, int64_t j, int64_t y, Scratch<T>& s) const {
@@ -163,13 +191,15 @@ class Sweep {
     Buffer<T> top(tasks_ * most);
     std::fill_n(top.get(), tasks_ * most, lowest);
     torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      each_row(begin, end, [&](Image<T>& image, int64_t task, int64_t y, Scratch<T>& s) {
+      auto row = [&](Image<T>& image, int64_t task, int64_t y, Scratch<T>& s) {
         for (size_t j = 0; j < image.classes.size(); ++j) {
           read_row(image, j, y, s);
           T& largest = top[task * most + j];
           largest = largest_of(s.values.get(), image.cams.W, largest);
         }
-      });
+      };
+      auto nothing = [](const Image<T>&) {};
+      each_row(begin, end, row, nothing, nothing);
     });
     for (auto& image : images_)
       for (size_t j = 0; j < image.classes.size(); ++j) {
@@ -180,60 +210,63 @@ class Sweep {
       }
   }
 
+  // [C + 1, slots, bins]; labels that do not count come last
+  int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
+
   void count_row(Image<T>& image, int64_t y, Scratch<T>& s, int64_t* histogram) const {
     const int64_t W = image.cams.W;
     std::fill_n(s.best.get(), W, -std::numeric_limits<T>::infinity());
-    std::fill_n(s.region.get(), W, 0);
+    std::fill_n(s.slot.get(), W, 0);
     for (size_t j = 0; j < image.classes.size(); ++j) {
       read_row(image, j, y, s);
       if (!image.divisor.empty()) divide_row(s.values.get(), W, image.divisor[j]);
-      keep_best(s.values.get(), W, int32_t(image.classes[j].first), s.best.get(), s.region.get());
+      keep_best(s.values.get(), W, int32_t(j), s.best.get(), s.slot.get());
     }
-    thresholds_.below_row(s.best.get(), W, s.below.get());
-    image.truth.read_plane(y, 0, W, s.truth.get());
-    if (!histogram_rows(s, W)) report(image.check, s.truth.get(), W);
-    for (int64_t x = 0; x < W; ++x) ++histogram[s.row[x] + s.below[x]];
+    thresholds_.below_row(s.best.get(), W, s.bin.get());
+    if (image.truth.tensor->scalar_type() == ScalarType::Long) {
+      add_label_rows(image, y, s, s.wide_truth.get());
+    } else {
+      add_label_rows(image, y, s, s.truth.get());
+    }
+    const int32_t* bin = s.bin.get();
+    for (int64_t x = 0; x < W; ++x) ++histogram[bin[x]];
   }
-  // Where each pixel's bins begin: row [label][region], or behind all of them if it is not counted. False if a label is
-  // out of range.
-  PSSL_NOINLINE bool histogram_rows(Scratch<T>& s, int64_t W) const {
-    const int64_t *truth = s.truth.get(), C = C_, bins = bins_, ignore = ignore_, rest = C * C * bins;
-    const int32_t* region = s.region.get();
-    int64_t* __restrict row = s.row.get();
-    int64_t bad = 0;
+  // s.bin += where the bins of each pixel's label and slot begin
+  template <class Label>
+  PSSL_NOINLINE void add_label_rows(Image<T>& image, int64_t y, Scratch<T>& s,
+                                    Label* __restrict truth) const {
+    const int64_t W = image.cams.W;
+    image.truth.read_plane(y, 0, W, truth);
+    const bool any_ignored = int64_t(Label(ignore_)) == ignore_;
+    const Label C = Label(C_), ignored = Label(ignore_);
+    const int32_t slots = int32_t(image.slots()), bins = int32_t(bins_);
+    const int32_t* slot = s.slot.get();
+    int32_t* __restrict bin = s.bin.get(), bad = 0;
     for (int64_t x = 0; x < W; ++x) {
-      const int64_t label = truth[x];
-      const bool inside = uint64_t(label) < uint64_t(C);
-      row[x] = inside & (label != ignore) ? (label * C + region[x]) * bins : rest;
-      bad += !inside & (label != ignore);
+      const bool inside = (truth[x] >= 0) & (truth[x] < C), ignore = any_ignored & (truth[x] == ignored);
+      bad |= !(inside | ignore);
+      bin[x] += (int32_t(inside & !ignore ? truth[x] : C) * slots + slot[x]) * bins;
     }
-    return bad == 0;
-  }
-  void report(LabelCheck& check, const int64_t* truth, int64_t W) const {
-    for (int64_t x = 0; x < W; ++x)
-      if (truth[x] != ignore_ && (truth[x] < 0 || truth[x] >= C_)) check.found(truth[x]);
+    for (int64_t x = 0; x < W && bad; ++x)
+      if (truth[x] != ignore_ && (truth[x] < 0 || truth[x] >= C_)) image.check.found(truth[x]);
   }
 
   // Pixels with at most j thresholds below them are background at threshold j.
-  Tensor matrices(const Buffer<int64_t>& total) const {
-    const int64_t T_ = bins_ - 1;
-    Tensor result = new_tensor({T_, C_, C_}, ScalarType::Long);
-    int64_t* out = result.mutable_data_ptr<int64_t>();
-    std::fill_n(out, T_ * C_ * C_, int64_t(0));
+  void add_counts(const Image<T>& image, const int64_t* histogram, int64_t* out) const {
     for (int64_t label = 0; label < C_; ++label)
-      for (int64_t region = 0; region < C_; ++region) {
-        const int64_t* bins = &total[(label * C_ + region) * bins_];
+      for (int64_t slot = 0; slot < image.slots(); ++slot) {
+        const int64_t* bins = histogram + (label * image.slots() + slot) * bins_;
         const int64_t all = std::accumulate(bins, bins + bins_, int64_t(0));
         if (all == 0) continue;
+        const int64_t region = image.classes.empty() ? 0 : image.classes[slot].first;
         int64_t background = 0;
-        for (int64_t j = 0; j < T_; ++j) {
+        for (int64_t j = 0; j + 1 < bins_; ++j) {
           background += bins[j];
           int64_t* row = out + (thresholds_.order[j] * C_ + label) * C_;
           row[0] += background;
           row[region] += all - background;
         }
       }
-    return result;
   }
 
   Thresholds<T> thresholds_;
