@@ -1,15 +1,10 @@
-// Maps read row by row at another size, with the rounding of the references' resize_stepwise: s a + t b along y, then
-// along x, s = 1 - t, one rounding a step. Thresholds are compared with the result, so its last bit counts.
+// Maps read row by row at another size, with the references' rounding, and the way back for gradients.
 #pragma once
 
 #include "common/axis_cpu.h"
 #include "common/row_cpu.h"
+#include "common/stepwise.h"
 #include "common/tile_cpu.h"
-
-#ifndef PSSL_STEPWISE
-#error \
-    "build_tools/native.py must name this file in STEPWISE: contraction into fused multiply-add skips a rounding"
-#endif
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
@@ -55,15 +50,14 @@ struct ResizedMaps {
 
  private:
   PSSL_NOINLINE static void blend_rows(T* __restrict upper, const T* __restrict lower, T t, int64_t w) {
-    const T s = T(1) - t;
-    for (int64_t x = 0; x < w; ++x) upper[x] = s * upper[x] + t * lower[x];
+    for (int64_t x = 0; x < w; ++x) upper[x] = blend_stepwise(upper[x], lower[x], t);
   }
   PSSL_NOINLINE void spread_row(const T* __restrict cells, T* __restrict out) const {
     const int64_t* index = xs.index.data();
     const T* fraction = xs.fraction.data();
     for (int64_t x = 0; x < W; ++x) {
-      const T *c = cells + index[x], t = fraction[x];
-      out[x] = (T(1) - t) * c[0] + t * c[1];
+      const T* c = cells + index[x];
+      out[x] = blend_stepwise(c[0], c[1], fraction[x]);
     }
   }
   PSSL_NOINLINE void gather_row(const T* __restrict gradient, T* __restrict cells) const {
