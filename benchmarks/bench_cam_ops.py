@@ -173,7 +173,7 @@ def compare_problem(base: int, batch: int, classes: int, device: str, compiled: 
         providers["compiled"] = torch.compile(compare_peers(size), dynamic=False)
     providers |= {"eager": compare_present(size), ours("cam_compare", device): compare_ours(size)}
     main, support = split(maps)
-    bytes_moved = OPS["cam_compare"].bytes_moved(main=main, support=support)
+    bytes_moved = OPS["cam_compare"].bytes_moved(main=main, support=support, image_labels=inputs["labels"])
     title = f"cam_compare, {base}² × {SCALES}, B={batch}, K={classes}"
     inputs = {n: t.to(device) for n, t in inputs.items()}
     return Problem(title, inputs, tuple(maps), providers, ours("cam_compare", device), bytes_moved)

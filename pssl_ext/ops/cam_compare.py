@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pssl_ext import checks
 from pssl_ext.ops._reference import accumulation_dtype, resize
-from pssl_ext.ops.cam_regions import _check_cams
+from pssl_ext.ops.cam_regions import _check_cams, present_bytes
 from pssl_ext.registry import Sample, call, define_op
 
 OP = "cam_compare"
@@ -50,9 +50,12 @@ def _fake(main, support, image_labels, height, width, cosine):
     return image_labels.new_empty(image_labels.shape, dtype=accumulation_dtype(*main, *support))
 
 
-def _bytes_moved(main: Sequence[Tensor], support: Sequence[Tensor], **_) -> tuple[int, int]:
-    read = sum(c.numel() * c.element_size() for c in (*main, *support))
-    return read, read + sum(c.numel() * c.element_size() for c in main)
+def _bytes_moved(
+    main: Sequence[Tensor], support: Sequence[Tensor], image_labels: Tensor, **_
+) -> tuple[int, int]:
+    """Gradients are written for absent classes too: zeros."""
+    read = present_bytes((*main, *support), image_labels)
+    return read, read + sum(c.numel() * c.element_size() for c in (*main, *support))
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:

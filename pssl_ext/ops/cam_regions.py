@@ -43,8 +43,14 @@ def _fake(cams, image_labels, height, width, foreground, background, ignore_inde
     return cams[0].new_empty(cams[0].shape[0], height, width, dtype=torch.uint8)
 
 
+def present_bytes(cams: Sequence[Tensor], image_labels: Tensor) -> int:
+    """What has to be read: the labels, and the maps of the classes that are present."""
+    cells = sum(c[0, 0].numel() * c.element_size() for c in cams) if image_labels.numel() else 0
+    return int((image_labels != 0).sum()) * cells + image_labels.numel() * image_labels.element_size()
+
+
 def _bytes_moved(cams: Sequence[Tensor], image_labels: Tensor, size: tuple[int, int], **_) -> tuple[int, int]:
-    return sum(c.numel() * c.element_size() for c in cams) + cams[0].shape[0] * size[0] * size[1], 0
+    return present_bytes(cams, image_labels) + image_labels.shape[0] * size[0] * size[1], 0
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
