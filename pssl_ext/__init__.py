@@ -10,6 +10,7 @@ from pssl_ext.backends import explain, load_native
 from pssl_ext.ops.cam_compare import cam_compare
 from pssl_ext.ops.cam_regions import cam_regions
 from pssl_ext.ops.cam_sweep import cam_sweep
+from pssl_ext.ops.dense_crf import dense_crf
 from pssl_ext.ops.pixel_refine import pixel_refine
 from pssl_ext.ops.prototype_contrast import prototype_contrast
 from pssl_ext.ops.prototype_pool import prototype_pool
@@ -21,6 +22,7 @@ __all__ = [
     "cam_compare",
     "cam_regions",
     "cam_sweep",
+    "dense_crf",
     "explain",
     "pixel_refine",
     "prototype_contrast",

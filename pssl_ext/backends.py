@@ -79,13 +79,22 @@ def choose(op: str, backend: str, device: torch.device) -> str:
         ):
             _warned.add((op, device.type))
             warnings.warn(
-                f"{op} runs on its slow PyTorch reference on {device}: {reason}", RuntimeWarning, stacklevel=4
+                f"{op} runs on its slow PyTorch reference{_bound(op)} on {device}: {reason}",
+                RuntimeWarning,
+                stacklevel=4,
             )
         return "dispatcher"
     reason = why_not(op, backend, device)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run on {device}: {reason}")
     return "reference" if backend == "reference" else "dispatcher"
+
+
+def _bound(op: str) -> str:
+    """What the reference of ``op`` is limited to, in brackets; nothing where it is not."""
+    from pssl_ext.registry import OPS
+
+    return f" ({OPS[op].reference_bound})" if OPS[op].reference_bound else ""
 
 
 def explain(op: str, device: str | torch.device = "cpu") -> str:
@@ -103,6 +112,7 @@ def explain(op: str, device: str | torch.device = "cpu") -> str:
         reason = why_not(op, backend, device)
         if reason is None:
             detail = f" ({'; '.join(refused)})" if refused else ""
-            return f"{op} on {torch.device(device).type}: {backend}{detail}"
+            bound = _bound(op) if backend == "reference" else ""
+            return f"{op} on {torch.device(device).type}: {backend}{bound}{detail}"
         refused.append(f"{backend}: {reason}")
     raise AssertionError("the reference runs everywhere")

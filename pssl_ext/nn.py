@@ -9,12 +9,21 @@ from torch import Tensor, nn
 
 from pssl_ext.ops.cam_compare import cam_compare
 from pssl_ext.ops.cam_regions import cam_regions
+from pssl_ext.ops.dense_crf import dense_crf
 from pssl_ext.ops.pixel_refine import pixel_refine
 from pssl_ext.ops.prototype_contrast import prototype_contrast
 from pssl_ext.ops.prototype_pool import prototype_pool
 from pssl_ext.ops.random_walk import random_walk
 
-__all__ = ["CamCompare", "CamRegions", "PixelRefine", "PrototypeContrast", "PrototypePool", "RandomWalk"]
+__all__ = [
+    "CamCompare",
+    "CamRegions",
+    "DenseCrf",
+    "PixelRefine",
+    "PrototypeContrast",
+    "PrototypePool",
+    "RandomWalk",
+]
 
 
 class _Operator(nn.Module):
@@ -189,3 +198,24 @@ class PixelRefine(_Operator):
         masks: Tensor,  # [B,k,h,w]
     ) -> Tensor:  # [B,k,H,W]
         return pixel_refine(images, masks, **self.settings())
+
+
+class DenseCrf(_Operator):
+    """``dense_crf``: class probabilities refined by the image's colours."""
+
+    def __init__(
+        self,
+        *,
+        iterations: int = 10,
+        gaussian: tuple[float, float] = (3.0, 3.0),
+        bilateral: tuple[float, float, float] = (80.0, 13.0, 10.0),
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(iterations=iterations, gaussian=gaussian, bilateral=bilateral, backend=backend)
+
+    def forward(
+        self,
+        images: Tensor,  # uint8 [B,3,H,W]
+        probabilities: Tensor,  # [B,C,H,W]
+    ) -> Tensor:  # [B,C,H,W]
+        return dense_crf(images, probabilities, **self.settings())

@@ -43,6 +43,20 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Approximation:
+    """How far an operator's kernels may be from its reference by construction: bounds of the absolute error.
+
+    For kernels that compute something near to the reference, and not the same in another order. That they compute it
+    to the last digits is then for a test of the operator's own. The bounds hold for the operator's samples; ``reason``
+    says what is approximated.
+    """
+
+    largest: float
+    mean: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """What the dispatcher, the tests and the benchmarks know of one operator.
 
@@ -50,7 +64,8 @@ class OpSpec:
     gradient (a tensor or a list of tensors); an operator without any gets no backward. ``check_values`` looks at
     the data (label ranges) and so runs on CPU, and on other devices only with ``PSSL_DEBUG=1``.
     ``samples(device, dtype)`` yields calls, ``bytes_moved(**public arguments)`` the compulsory traffic of
-    (forward, backward): every input read once, every output written once.
+    (forward, backward): every input read once, every output written once. ``reference_bound`` says what the reference
+    is limited to, where it is, and ``approximation`` how far kernels are from it, where they are.
     """
 
     name: str
@@ -62,6 +77,8 @@ class OpSpec:
     bytes_moved: Callable[..., tuple[int, int]]
     differentiable: tuple[str, ...] = ()
     check_values: Callable | None = None
+    reference_bound: str = ""
+    approximation: Approximation | None = None
     #: first argument of the schema that is a tensor or a list of tensors: its device is the call's device
     argument_names: tuple[str, ...] = field(default=())
     output_count: int = 1
@@ -84,6 +101,8 @@ def define_op(
     bytes_moved: Callable,
     differentiable: tuple[str, ...] = (),
     check_values: Callable | None = None,
+    reference_bound: str = "",
+    approximation: Approximation | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorates the public function: registers ``pssl::<function name>`` and returns the function unchanged."""
 
@@ -102,6 +121,8 @@ def define_op(
             bytes_moved=bytes_moved,
             differentiable=differentiable,
             check_values=check_values,
+            reference_bound=reference_bound,
+            approximation=approximation,
             argument_names=tuple(a.name for a in parsed.arguments),
             output_count=len(parsed.returns),
         )

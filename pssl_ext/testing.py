@@ -2,7 +2,8 @@
 
 Truth is the reference in float64 on the same inputs. A kernel may err twice as much as the reference does in the
 kernel's own types, plus one rounding of the result and a few of the accumulation: the bound is the same for every
-operator, and `allowed` is the one place it is written. Gradients must also have the right direction (cosine) and be
+operator, and `allowed` is the one place it is written, but for kernels that approximate (`OpSpec.approximation`, for
+which `assert_near` stands in). Gradients must also have the right direction (cosine) and be
 neither shrunk nor shifted (signed bias), which shows a factor that hides below a half-precision rounding error.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pssl_ext.ops._reference import accumulation_dtype
-from pssl_ext.registry import OPS, OpSpec, Sample
+from pssl_ext.registry import OPS, Approximation, OpSpec, Sample
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -240,9 +241,15 @@ def allowed(own: Errors, true: Tensor, result: torch.dtype, accumulation: torch.
 
 
 def assert_accurate(
-    got: Tensor, own: Tensor, true: Tensor, what: str, accumulation: torch.dtype = torch.float32
+    got: Tensor,
+    own: Tensor,
+    true: Tensor,
+    what: str,
+    accumulation: torch.dtype = torch.float32,
+    approximation: Approximation | None = None,
 ) -> None:
-    """``got`` is as near to ``true`` as ``own``, the reference in its types, promises. Integers must be equal.
+    """``got`` is as near to ``true`` as ``own``, the reference in its types, promises, or as ``approximation`` does.
+    Integers must be equal.
 
     ``what`` names the operator, case and tensor in the message.
     """
@@ -255,6 +262,9 @@ def assert_accurate(
     assert bool(true.isfinite().all()), f"{what}: the reference itself is not finite"
     broken = int((~got.isfinite()).sum())
     assert broken == 0, f"{what}: {broken} of {got.numel()} values are not finite"
+    if approximation is not None:
+        assert_near(got, true, what, approximation)
+        return
     found, own_errors = errors(got, true), errors(own, true)
     bound = allowed(own_errors, true, got.dtype, accumulation)
     kinds = ("largest", "cosine", "scale", "shift") if ": grad " in what else ("largest",)
@@ -264,6 +274,15 @@ def assert_accurate(
             f"{what}: {kind} error {error:.3g} is above the allowed {limit:.3g} "
             f"(the reference in its own types: {abs(getattr(own_errors, kind)):.3g}; "
             f"largest magnitude {float(true.abs().max()) if true.numel() else 0:.3g})"
+        )
+
+
+def assert_near(got: Tensor, true: Tensor, what: str, approximation: Approximation) -> None:
+    error = (got.double() - true.double()).abs().flatten()
+    for kind, found in (("largest", error.amax()), ("mean", error.mean())) if error.numel() else ():
+        limit = getattr(approximation, kind)
+        assert found <= limit, (
+            f"{what}: {kind} error {float(found):.3g} is above the {limit:.3g} that {approximation.reason} may cost"
         )
 
 
@@ -297,6 +316,7 @@ def check_args(
             true_named[name],
             f"{what}: {name}",
             accumulation_dtype(*floating),
+            spec.approximation if backend != "reference" else None,
         )
     return got
 

@@ -1,6 +1,22 @@
-"""Settings for every test: the same hypothesis examples each time, so that a failure is one for everybody."""
+"""For every test: the same hypothesis examples each time, so that a failure is one for everybody; the photographs where
+they are."""
+
+import os
+from pathlib import Path
 
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile("pssl", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("pssl")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """VOC2012mini: $PSSL_VOC, or ../shared/data/VOC2012mini beside the repository."""
+    root = Path(os.environ.get("PSSL_VOC", REPOSITORY.parent / "shared/data/VOC2012mini"))
+    if not (root / "JPEGImages").is_dir():
+        pytest.skip(f"no photographs: set PSSL_VOC to a VOC 2012 folder ({root} is none)")
+    return root

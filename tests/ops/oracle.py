@@ -185,3 +185,38 @@ def dense_walk(cams, affinity, log2_steps):
     for _ in range(log2_steps):
         transition = transition @ transition
     return (cams.reshape(len(cams), -1) @ transition).reshape(cams.shape)
+
+
+def crf(images, probabilities, iterations, gaussian, bilateral):
+    """Mean field with one pair of pixels at a time."""
+    b, c, h, w = probabilities.shape
+    out = np.zeros((b, c, h, w))
+    pixels = list(np.ndindex(h, w))
+    for n, image in enumerate(images.astype(float)):
+
+        def near(i, j):
+            return math.exp(-((i[0] - j[0]) ** 2 + (i[1] - j[1]) ** 2) / (2 * gaussian[0] ** 2))
+
+        def alike(i, j, image=image):
+            colours = sum((image[k][i] - image[k][j]) ** 2 for k in range(3))
+            apart = (i[0] - j[0]) ** 2 + (i[1] - j[1]) ** 2
+            return math.exp(-apart / (2 * bilateral[0] ** 2) - colours / (2 * bilateral[1] ** 2))
+
+        unary = {i: -np.log(probabilities[n, :, i[0], i[1]].clip(1e-5, 1)) for i in pixels}
+        q = {i: softmax(-unary[i]) for i in pixels}
+        for _ in range(iterations):
+            logits = {i: -unary[i] for i in pixels}
+            for kernel, weight in ((near, gaussian[-1]), (alike, bilateral[-1])):
+                total = {i: sum(kernel(i, j) for j in pixels) for i in pixels}
+                for i in pixels:
+                    for j in pixels:
+                        logits[i] = logits[i] + weight * kernel(i, j) / math.sqrt(total[i] * total[j]) * q[j]
+            q = {i: softmax(logits[i]) for i in pixels}
+        for i in pixels:
+            out[n, :, i[0], i[1]] = q[i]
+    return out
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()

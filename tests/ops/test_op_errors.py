@@ -9,6 +9,7 @@ from pssl_ext import (
     cam_compare,
     cam_regions,
     cam_sweep,
+    dense_crf,
     pixel_refine,
     prototype_contrast,
     prototype_pool,
@@ -35,6 +36,9 @@ SWEEP = dict(
 )
 WALK = dict(cams=torch.zeros(2, 4, 5), edge=torch.zeros(4, 5))
 REFINE = dict(images=torch.zeros(2, 3, 6, 5), masks=torch.zeros(2, 4, 3, 3))
+CRF = dict(images=torch.zeros(2, 3, 4, 5, dtype=torch.uint8), probabilities=torch.ones(2, 3, 4, 5))
+SHAPE = "[B,C,H,W]=[2,1 or more,4,5]"
+FINITE = "finite, with standard deviations greater than 0"
 CELLS = "features must be of at least 1×1 cells where there are label pixels"
 FLOATS = "float16, bfloat16, float32 or float64"
 
@@ -46,6 +50,7 @@ SOUND = {
     cam_sweep: SWEEP,
     random_walk: WALK,
     pixel_refine: REFINE,
+    dense_crf: CRF,
 }
 
 #: for each function unsound arguments, and what the error says after "<op>: "
@@ -239,6 +244,37 @@ TABLE = {
         (dict(dilations=(1, 0)), "dilations must be one or more distances, each at least 1, got [1, 0]"),
         (dict(iterations=0), "iterations must be at least 1, got 0"),
         (dict(colour_scale=0.0), "colour_scale must be greater than 0, got 0.0"),
+    ],
+    dense_crf: [
+        (dict(images=None), "images must be a tensor, got NoneType"),
+        (dict(images=torch.zeros(2, 3, 4, 5)), "images must be uint8, got torch.float32"),
+        (dict(images=CRF["images"][0]), "images must be [B,3,H,W], got [3, 4, 5] torch.uint8 on cpu"),
+        (dict(images=CRF["images"][:, :2]), "images must be [B,3,H,W], got [2, 2, 4, 5] torch.uint8 on cpu"),
+        (dict(probabilities=LABELS), f"probabilities must be {FLOATS}, got torch.int64"),
+        (
+            dict(probabilities=FEATURES[0]),
+            f"probabilities must be {SHAPE}, got [4, 3, 3] torch.float32 on cpu",
+        ),
+        (
+            dict(probabilities=torch.zeros(2, 0, 4, 5)),
+            f"probabilities must be {SHAPE}, got [2, 0, 4, 5] torch.float32 on cpu",
+        ),
+        (
+            dict(probabilities=torch.zeros(2, 3, 5, 4)),
+            f"probabilities must be {SHAPE}, got [2, 3, 5, 4] torch.float32 on cpu",
+        ),
+        (
+            dict(probabilities=CRF["probabilities"].to(META)),
+            "probabilities must be on cpu as the first argument, got [2, 3, 4, 5] torch.float32 on meta",
+        ),
+        (dict(iterations=-1), "iterations must be at least 0, got -1"),
+        (dict(gaussian=3), f"gaussian must be (sxy, compat), {FINITE}, got 3"),
+        (dict(gaussian=(0, 3)), f"gaussian must be (sxy, compat), {FINITE}, got (0, 3)"),
+        (dict(bilateral=(80, 10)), f"bilateral must be (sxy, srgb, compat), {FINITE}, got (80, 10)"),
+        (
+            dict(bilateral=(80, 13, float("nan"))),
+            f"bilateral must be (sxy, srgb, compat), {FINITE}, got (80, 13, nan)",
+        ),
     ],
 }
 

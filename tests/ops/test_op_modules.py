@@ -16,6 +16,7 @@ MODULES = {
     "cam_regions": pssl_nn.CamRegions,
     "pixel_refine": pssl_nn.PixelRefine,
     "random_walk": pssl_nn.RandomWalk,
+    "dense_crf": pssl_nn.DenseCrf,
 }
 
 

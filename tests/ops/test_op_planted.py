@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import planted, schema_args
 
-from pssl_ext.ops import _reference, pixel_refine, prototype_contrast, prototype_pool, random_walk
+from pssl_ext.ops import _reference, dense_crf, pixel_refine, prototype_contrast, prototype_pool, random_walk
 from pssl_ext.registry import OPS
 from pssl_ext.testing import Case, assert_same_bits, check, run
 
@@ -181,3 +181,27 @@ def check_planted(op, sample, module, monkeypatch):
         pytest.raises(AssertionError, match=f"{op}-{sample}.*output 0"),
     ):
         check(case)
+
+
+def weights_forgotten(images, probabilities, iterations, g_sxy, g_compat, b_sxy, b_srgb, b_compat):
+    return dense_crf.reference(images, probabilities, iterations, g_sxy, 1.0, b_sxy, b_srgb, 1.0)
+
+
+def columns_for_rows(images, *rest):
+    return dense_crf.reference(images.flip(-1), *rest)
+
+
+def one_iteration(images, probabilities, iterations, *kernels):
+    return dense_crf.reference(images, probabilities, 1, *kernels)
+
+
+def grey(images, *rest):
+    return dense_crf.reference(images[:, :1].expand(-1, 3, -1, -1), *rest)
+
+
+@pytest.mark.parametrize("kernel", [weights_forgotten, columns_for_rows, one_iteration, grey])
+def test_wrong_within_an_approximation(kernel):
+    """The wider bounds of an operator whose kernels approximate still tell."""
+    for sample in ("two_images", "wide"):
+        with planted("dense_crf", kernel), pytest.raises(AssertionError, match="lattice may cost"):
+            check(Case("dense_crf", sample))

@@ -1,14 +1,11 @@
-"""Fixtures of the training tests: a tiny synthetic folder, a tiny configuration, the photographs where they are."""
+"""Fixtures of the training tests: a tiny synthetic folder, a tiny configuration."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from pssl.config import TrainConfig
 from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +25,3 @@ def tiny_config(tiny_root: Path, tmp_path: Path) -> TrainConfig:
     config.inference.scales, config.inference.batch_size = (1.0, 1.5), 4
     config.evaluation.steps = 10
     return config
-
-
-@pytest.fixture(scope="session")
-def photographs() -> Path:
-    """VOC2012mini: $PSSL_VOC, or ../shared/data/VOC2012mini beside the repository."""
-    root = Path(os.environ.get("PSSL_VOC", REPOSITORY.parent / "shared/data/VOC2012mini"))
-    if not (root / "JPEGImages").is_dir():
-        pytest.skip(f"no photographs: set PSSL_VOC to a VOC 2012 folder ({root} is none)")
-    return root
