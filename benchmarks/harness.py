@@ -43,6 +43,9 @@ class Problem:
     in_numpy: tuple[str, ...] = ()
     tolerance: float = 1e-4
     exceptions: float = 0.0
+    own_memory: tuple[
+        str, ...
+    ] = ()  # providers that take theirs from malloc: the process's growth is looked at
 
     def step(self, provider: str, backward: bool) -> list[Tensor]:
         """[loss, gradients …] of one call."""
@@ -153,6 +156,8 @@ def _with_peak_bytes(problem: Problem, provider: str, backward: bool) -> tuple[l
         found = problem.step(provider, backward)
         torch.cuda.synchronize()
         return found, torch.cuda.max_memory_allocated() - before
+    if provider in problem.own_memory:
+        return problem.step(provider, backward), _resident_growth(lambda: problem.step(provider, backward))
     if provider in problem.in_numpy:
         tracemalloc.start()
         found = problem.step(provider, backward)
