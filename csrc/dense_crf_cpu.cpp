@@ -38,9 +38,9 @@ class Kernel {
   void splat(int64_t p, Columns columns, const T* q, T* own) const {
     lattice_.splat(p, columns, q, own);
   }
-  template <class Columns>
-  void filter(Columns columns) {
-    lattice_.gather_and_blur(columns, partial_.get(), values_.get());
+  template <class Width>
+  void filter(int64_t columns, int64_t first, Width width) {
+    lattice_.gather_and_blur(columns, first, width, partial_.get(), values_.get());
   }
   template <class Columns>
   void add_message(int64_t p, int64_t tile, Columns columns, T* out) const {
@@ -69,7 +69,7 @@ class Kernel {
         for (int64_t p = tile.begin; p < tile.begin + tile.pixels(); ++p) splat(p, columns, ones, own);
       }
     });
-    filter(columns);
+    filter(columns, 0, columns);
     torch::stable::parallel_for(0, tiles.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const auto tile = tiles[t];
@@ -131,6 +131,26 @@ inline void softmax(Columns columns, const T* counts, T* q) {
   for (int64_t c = 0; c < columns; c += kLanes<T>) store<T>(q + c, load<T>(q + c) * inverse);
 }
 
+// Few threads take a vector of classes of one kernel each, so that they need not wait for each other after every
+// direction of the blur; more share the vertices.
+template <class T, class Columns>
+void filter(std::optional<Kernel<T, 2>>& gaussian, std::optional<Kernel<T, 5>>& bilateral, Columns columns) {
+  constexpr std::integral_constant<int64_t, kLanes<T>> vector;
+  const int64_t threads = torch::stable::get_num_threads(), tasks = 2 * (columns / vector);
+  if (threads == 1 || threads > tasks) {
+    if (gaussian) gaussian->filter(columns, 0, columns);
+    if (bilateral) bilateral->filter(columns, 0, columns);
+    return;
+  }
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / 2 * vector;
+      if (task % 2 == 0 && gaussian) gaussian->filter(columns, first, vector);
+      if (task % 2 == 1 && bilateral) bilateral->filter(columns, first, vector);
+    }
+  });
+}
+
 template <class T>
 Tensor mean_field(const Tensor& images, const Tensor& probabilities, const Settings& s) {
   const int64_t B = probabilities.size(0), C = probabilities.size(1), H = probabilities.size(2),
@@ -168,8 +188,7 @@ Tensor mean_field(const Tensor& images, const Tensor& probabilities, const Setti
     with_columns<T>(cp, [&](auto columns) {
       for (int64_t i = 0; i <= s.iterations; ++i) {
         const bool first = i == 0, last = i == s.iterations;
-        if (gaussian && !first) gaussian->filter(columns);
-        if (bilateral && !first) bilateral->filter(columns);
+        if (!first) filter(gaussian, bilateral, columns);
         torch::stable::parallel_for(0, tiles.count, 1, [&](int64_t begin, int64_t end) {
           PixelScratch<T, decltype(columns)> q(columns);
           Buffer<T> row(last ? C * Tiles::kSide : 0);

@@ -162,26 +162,28 @@ class Lattice {
       store<T>(out + c, load<T>(out + c) + factor * sum);
     }
   }
-  // values [vertices][columns]: each the sum of its copies, then blurred
-  template <class Columns>
-  void gather_and_blur(Columns columns, const T* partial, T* values) const {
+  // values [vertices][columns]: each the sum of its copies, then blurred. In the columns [first, first + width) alone;
+  // in threads, unless the caller is in one.
+  template <class Width>
+  void gather_and_blur(int64_t columns, int64_t first, Width width, const T* partial, T* values) const {
+    partial += first, values += first;
     torch::stable::parallel_for(0, vertices, 512, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v) {
         T* sum = values + v * columns;
-        std::copy_n(partial + copy_[copies_begin_[v]] * columns, int64_t(columns), sum);
+        std::copy_n(partial + copy_[copies_begin_[v]] * columns, int64_t(width), sum);
         for (int64_t i = copies_begin_[v] + 1; i < copies_begin_[v + 1]; ++i) {
           const T* other = partial + copy_[i] * columns;
-          for (int64_t c = 0; c < columns; c += kLanes<T>)
+          for (int64_t c = 0; c < width; c += kLanes<T>)
             store<T>(sum + c, load<T>(sum + c) + load<T>(other + c));
         }
       }
     });
     for (const Chains& chains : chains_)
       torch::stable::parallel_for(0, int64_t(chains.begin.size()) - 1, 64, [&](int64_t begin, int64_t end) {
-        PixelScratch<T, Columns> before(columns);
+        PixelScratch<T, Width> before(width);
         for (int64_t i = begin; i < end; ++i)
-          blur_chain(&chains.vertex[chains.begin[i]], chains.begin[i + 1] - chains.begin[i], columns, values,
-                     before.get());
+          blur_chain(&chains.vertex[chains.begin[i]], chains.begin[i + 1] - chains.begin[i], columns, width,
+                     values, before.get());
       });
   }
 
@@ -251,13 +253,14 @@ class Lattice {
 
   // v_i + (v_{i-1} + v_{i+1}) / 2 in place, nothing beyond the ends. The factor that keeps the sum, 1/2, would cancel
   // in the normalisation. `before` holds what the previous vertex was.
-  template <class Columns>
-  static void blur_chain(const int32_t* vertex, int64_t n, Columns columns, T* values, T* before) {
-    std::fill_n(before, int64_t(columns), T(0));
+  template <class Width>
+  static void blur_chain(const int32_t* vertex, int64_t n, int64_t columns, Width width, T* values,
+                         T* before) {
+    std::fill_n(before, int64_t(width), T(0));
     for (int64_t i = 0; i < n; ++i) {
-      T* v = values + vertex[i] * int64_t(columns);
-      const T* after = i + 1 < n ? values + vertex[i + 1] * int64_t(columns) : nullptr;
-      for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      T* v = values + vertex[i] * columns;
+      const T* after = i + 1 < n ? values + vertex[i + 1] * columns : nullptr;
+      for (int64_t c = 0; c < width; c += kLanes<T>) {
         const Vec<T> here = load<T>(v + c);
         const Vec<T> sum = after ? load<T>(before + c) + load<T>(after + c) : load<T>(before + c);
         store<T>(before + c, here);
