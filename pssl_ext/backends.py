@@ -79,7 +79,7 @@ def choose(op: str, backend: str, device: torch.device) -> str:
         ):
             _warned.add((op, device.type))
             warnings.warn(
-                f"{op} runs on its slow PyTorch reference{_bound(op)} on {device}: {reason}",
+                f"{op} runs on its slow PyTorch reference on {device}{_bound(op)}: {reason}",
                 RuntimeWarning,
                 stacklevel=4,
             )
@@ -91,10 +91,10 @@ def choose(op: str, backend: str, device: torch.device) -> str:
 
 
 def _bound(op: str) -> str:
-    """What the reference of ``op`` is limited to, in brackets; nothing where it is not."""
+    """What the reference of ``op`` is limited to, after a comma; nothing where it is not."""
     from pssl_ext.registry import OPS
 
-    return f" ({OPS[op].reference_bound})" if OPS[op].reference_bound else ""
+    return f", {OPS[op].reference_bound}" if OPS[op].reference_bound else ""
 
 
 def explain(op: str, device: str | torch.device = "cpu") -> str:
@@ -113,6 +113,6 @@ def explain(op: str, device: str | torch.device = "cpu") -> str:
         if reason is None:
             detail = f" ({'; '.join(refused)})" if refused else ""
             bound = _bound(op) if backend == "reference" else ""
-            return f"{op} on {torch.device(device).type}: {backend}{bound}{detail}"
+            return f"{op} on {torch.device(device).type}: {backend}{detail}{bound}"
         refused.append(f"{backend}: {reason}")
     raise AssertionError("the reference runs everywhere")
