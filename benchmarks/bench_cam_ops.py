@@ -10,17 +10,14 @@ histogram for all of them. Ours comes last, named after the backend that ran.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Problem, Result, copy_bandwidth, measure, show, write
+from harness import Problem, arguments, ours, run
 from torch import Tensor
 from torch.nn import functional as F
 
-import pssl_ext
 from pssl_ext import cam_compare, cam_regions, cam_sweep
 from pssl_ext.registry import OPS
 
@@ -137,10 +134,6 @@ def sweep_ours(cam: Tensor, ids: Tensor, truth: Tensor) -> Tensor:
 # -- problems ----------------------------------------------------------------------------------------------------------
 
 
-def ours(op: str, device: str) -> str:
-    return pssl_ext.explain(op, device).split(": ", 1)[1].split(" ")[0] + " (ours)"
-
-
 def blobs(g: torch.Generator, *shape: int) -> Tensor:
     """Smooth maps, as CAMs are."""
     coarse = torch.randn(*shape[:-2], 6, 8, generator=g)
@@ -216,15 +209,8 @@ def sweep_problem(k: int, grid: tuple[int, int], device: str) -> Problem:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="results file (default: runs/bench/cam-ops-<device>.json)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each problem, provider and pass")
+    parser = arguments(__doc__, "cam-ops")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--only", default="", help="the problems whose title holds this text")
     args = parser.parse_args()
     compiled = not args.no_compile
     problems = [
@@ -232,16 +218,7 @@ def main() -> None:
         regions_problem(56, 448, args.batch, C - 1, args.device, compiled),
         *(sweep_problem(k, grid, "cpu") for k, grid in ((C - 1, VOC), (2, VOC), (2, (47, 63)))),
     ]
-    bandwidth = copy_bandwidth(args.device)
-    results: list[Result] = []
-    for problem in problems:
-        if args.only not in problem.name:
-            continue
-        found = measure(problem, bandwidth, args.seconds)
-        show(problem.name, found)
-        results += found
-    print(f"copy: {bandwidth / 1e9:.2f} GB/s (bytes read and written)")
-    write(args.out or Path("runs/bench") / f"cam-ops-{args.device}.json", results, bandwidth, args.device)
+    run("cam-ops", problems, device=args.device, seconds=args.seconds, out=args.out, only=args.only)
 
 
 if __name__ == "__main__":

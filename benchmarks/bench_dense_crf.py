@@ -11,11 +11,12 @@ are continued by their reflection: enlarging would smooth them, and make the lat
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Problem, Result, copy_bandwidth, measure, show, write
+from harness import Problem, ours, run
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -74,15 +75,15 @@ def disturbed(classes: Tensor, c: int) -> Tensor:  # [1,H,W] -> [1,C,H,W]
 
 
 def problem(name: str, images: Tensor, probabilities: Tensor) -> Problem:
-    ours = pssl_ext.explain("dense_crf").split(": ", 1)[1].split(" ")[0] + " (ours)"
-    providers = {"pydensecrf": crf_peer, ours: lambda images, probabilities: dense_crf(images, probabilities)}
+    own = ours("dense_crf")
+    providers = {"pydensecrf": crf_peer, own: lambda images, probabilities: dense_crf(images, probabilities)}
     try:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError as error:
         print(f"pydensecrf is left out ({error}): pip install pydensecrf2")
         del providers["pydensecrf"]
     else:
-        labels = [run(images, probabilities).argmax(1) for run in providers.values()]
+        labels = [provider(images, probabilities).argmax(1) for provider in providers.values()]
         agreement = float((labels[0] == labels[1]).float().mean())
         changed = float((labels[1] != probabilities.argmax(1)).float().mean())
         print(f"{name}: {100 * agreement:.3f} % of the labels agree, {100 * changed:.1f} % were changed")
@@ -93,9 +94,9 @@ def problem(name: str, images: Tensor, probabilities: Tensor) -> Problem:
         dict(images=images, probabilities=probabilities),
         (),
         providers,
-        ours,
+        own,
         OPS["dense_crf"].bytes_moved(images=images, probabilities=probabilities),
-        own_memory=tuple(providers),  # what PyTorch and numpy see of either is the result
+        own_memory=("pydensecrf",),  # what PyTorch and numpy see of it is the result
         tolerance=1e-2,
         exceptions=1 - LEAST_AGREEMENT,
     )
@@ -116,18 +117,16 @@ def main() -> None:
     pictures = {"drawing": drawing(size)}
     if args.root is not None:
         pictures = {f"photograph {i}": photograph(args.root, i, size) for i in (0, 2)}
-    bandwidth = copy_bandwidth("cpu")
-    results: list[Result] = []
-    for threads in dict.fromkeys(args.threads):
-        torch.set_num_threads(threads)
-        for picture, (images, classes) in pictures.items():
-            for c in (21, 2):
-                name = f"dense_crf, {picture}, {size[0]}×{size[1]}, C={c}, {threads} threads"
-                found = measure(problem(name, images, disturbed(classes, c)), bandwidth, args.seconds)
-                show(name, found)
-                results += found
-    print(f"copy: {bandwidth / 1e9:.2f} GB/s (bytes read and written)")
-    write(args.out, results, bandwidth, "cpu")
+
+    def problems() -> Iterator[Problem]:
+        for threads in dict.fromkeys(args.threads):
+            torch.set_num_threads(threads)  # each problem is measured before the next one is asked for
+            for picture, (images, classes) in pictures.items():
+                for c in (21, 2):
+                    name = f"dense_crf, {picture}, {size[0]}×{size[1]}, C={c}, {threads} threads"
+                    yield problem(name, images, disturbed(classes, c))
+
+    run("dense_crf", problems(), device="cpu", seconds=args.seconds, out=args.out)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ its backward takes 20 s: each operator alone, not the step); ours comes last, na
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from harness import Problem, Result, copy_bandwidth, measure, show, write
+from harness import Problem, arguments, ours, run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -121,15 +119,15 @@ def problems(
         "peers": (pool_one_hot, contrast_materialised),
         "eager": (pool_norm_in_mask, contrast_norm_on_logits),
     }
-    ours = pssl_ext.explain("prototype_contrast", device).split(": ", 1)[1].split(" ")[0] + " (ours)"
+    name = ours("prototype_contrast", device)
 
     def providers(
         make: Callable, chosen: tuple[str, ...], own: Callable, compiled: bool = compiled
     ) -> dict[str, Callable]:
-        found = {name: make(*sides[name]) for name in chosen}
+        found = {side: make(*sides[side]) for side in chosen}
         if compiled:
             found["compiled"] = torch.compile(make(*sides["eager"]), dynamic=False)
-        return {**found, ours: own}
+        return {**found, name: own}
 
     label = f"{grid}² → {size}², B={batch}, D={d}, C={C}"
     pool_bytes = OPS["prototype_pool"].bytes_moved(features=features, regions=regions, num_regions=C)
@@ -143,7 +141,7 @@ def problems(
             dict(features=features, regions=regions, seeds=seeds),
             ("features",),
             providers(lambda pool, _: scalar(pool), pooling, scalar(pool_ours)),
-            ours,
+            name,
             pool_bytes,
         ),
         Problem(
@@ -151,7 +149,7 @@ def problems(
             dict(features=features, prototypes=prototypes, regions=regions),
             ("features", "prototypes"),
             providers(lambda _, contrast: contrast, ("peers", "eager"), contrast_ours),
-            ours,
+            name,
             contrast_bytes,
         ),
         Problem(
@@ -159,35 +157,23 @@ def problems(
             dict(features=features, support=support, regions=regions),
             ("features",),
             providers(step, ("peers", "eager"), step(pool_ours, contrast_ours), compiled and grid == size),
-            ours,
+            name,
             (pool_bytes[0] + contrast_bytes[0], contrast_bytes[1]),
         ),
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="results file (default: runs/bench/rcm-<device>.json)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each problem, provider and pass")
+    parser = arguments(__doc__, "rcm")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--only", default="", help="the problems whose title holds this text")
     args = parser.parse_args()
     print(pssl_ext.explain("prototype_contrast", args.device))
-    bandwidth = copy_bandwidth(args.device)
-    results: list[Result] = []
-    for grid, size in ((128, 128), (56, 448)):
-        for problem in problems(grid, size, args.device, not args.no_compile, args.batch):
-            if args.only not in problem.name:
-                continue
-            found = measure(problem, bandwidth, args.seconds)
-            show(problem.name, found)
-            results += found
-    print(f"copy: {bandwidth / 1e9:.2f} GB/s (bytes read and written)")
-    write(args.out or Path("runs/bench") / f"rcm-{args.device}.json", results, bandwidth, args.device)
+    made = (
+        problem
+        for grid, size in ((128, 128), (56, 448))
+        for problem in problems(grid, size, args.device, not args.no_compile, args.batch)
+    )
+    run("rcm", made, device=args.device, seconds=args.seconds, out=args.out, only=args.only)
 
 
 if __name__ == "__main__":

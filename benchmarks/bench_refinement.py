@@ -11,18 +11,15 @@ gathers all neighbours of all masks in every iteration, by a convolution a dilat
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from harness import Problem, Result, copy_bandwidth, measure, show, write
+from harness import Problem, Result, arguments, ours, run
 from torch import Tensor
 from torch.nn import functional as F
 
-import pssl_ext
 from pssl_ext import pixel_refine, random_walk
 from pssl_ext.registry import OPS
 
@@ -190,26 +187,16 @@ def problem(
     tolerance: float,
 ) -> Problem:
     device = next(iter(inputs.values())).device
-    ours = pssl_ext.explain(op, str(device)).split(": ", 1)[1].split(" ")[0] + " (ours)"
+    name = ours(op, device)
     moved = OPS[op].bytes_moved(**inputs)
-    return Problem(f"{op}, {what}", inputs, (), {**providers, ours: own}, ours, moved, tolerance=tolerance)
+    return Problem(f"{op}, {what}", inputs, (), {**providers, name: own}, name, moved, tolerance=tolerance)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--out", type=Path, help="results file (default: runs/bench/refinement-<device>.json)"
-    )
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser = arguments(__doc__, "refinement")
     parser.add_argument("--dense", action="store_true", help="run the dense walk on 94×125 cells as well")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each problem and provider")
-    parser.add_argument("--only", default="", help="the problems whose title holds this text")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse")  # torch's CSR matrices are in beta
-    bandwidth = copy_bandwidth(args.device)
     large = walk_problem(94, 125, 3, args.device, args.dense)
     chosen = [
         walk_problem(24, 32, 3, args.device, dense=True),
@@ -217,22 +204,26 @@ def main() -> None:
         refine_problem(1, 4, 224, args.device, not args.no_compile),
         refine_problem(1, 21, 448, args.device, compiled=False),
     ]
-    results: list[Result] = []
-    for each in chosen:
-        if args.only not in each.name:
-            continue
-        found = measure(each, bandwidth, args.seconds)
-        show(each.name, found)
-        results += found
-        if each is large and not args.dense:
-            making, squaring = dense_estimate(each.inputs)
-            whole, own = making + LOG2_STEPS * squaring, found[-1].p50
-            print(
-                f"dense: {making:.1f} s for the matrix and {squaring:.1f} s for one squaring of it, so "
-                f"{whole:.0f} s for {LOG2_STEPS}: {whole / own:.0f} × ours"
-            )
-    print(f"copy: {bandwidth / 1e9:.2f} GB/s (bytes read and written)")
-    write(args.out or Path("runs/bench") / f"refinement-{args.device}.json", results, bandwidth, args.device)
+
+    def estimate(problem: Problem, found: list[Result]) -> None:
+        if problem is not large or args.dense:
+            return
+        making, squaring = dense_estimate(problem.inputs)
+        whole, own = making + LOG2_STEPS * squaring, found[-1].p50
+        print(
+            f"dense: {making:.1f} s for the matrix and {squaring:.1f} s for one squaring of it, so "
+            f"{whole:.0f} s for {LOG2_STEPS}: {whole / own:.0f} × ours"
+        )
+
+    run(
+        "refinement",
+        chosen,
+        device=args.device,
+        seconds=args.seconds,
+        out=args.out,
+        only=args.only,
+        after=estimate,
+    )
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ before all of them agree; then they take turns, so that a slow phase of the mach
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import platform
 import subprocess
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+import pssl_ext
 
 PASSES = ("forward", "forward+backward")
 MOST_CALLS = 50  # for each provider and pass
@@ -31,7 +34,8 @@ class Problem:
     """``providers``: name to a function of ``inputs`` that returns one scalar loss, whose gradient is taken to the
     ``inputs`` named in ``wanted``; where there are none, any tensor, and there is no backward pass.
     ``ours``: the provider that the ratios refer to. ``bytes_moved``: compulsory bytes of (forward, backward).
-    ``in_numpy``: the providers whose memory is numpy's. ``tolerance`` and ``exceptions``: see ``check_agreement``.
+    ``in_numpy``: the providers whose memory is numpy's; ``own_memory``: those, besides ours, that take theirs from
+    malloc. ``tolerance`` and ``exceptions``: see ``check_agreement``.
     """
 
     name: str
@@ -41,11 +45,9 @@ class Problem:
     ours: str
     bytes_moved: tuple[int, int]
     in_numpy: tuple[str, ...] = ()
+    own_memory: tuple[str, ...] = ()
     tolerance: float = 1e-4
     exceptions: float = 0.0
-    own_memory: tuple[
-        str, ...
-    ] = ()  # providers that take theirs from malloc: the process's growth is looked at
 
     def step(self, provider: str, backward: bool) -> list[Tensor]:
         """[loss, gradients …] of one call."""
@@ -146,8 +148,8 @@ def _with_peak_bytes(problem: Problem, provider: str, backward: bool) -> tuple[l
     """The step's result, and the most bytes allocated at one time during it beyond what was there before.
 
     GPU: the caching allocator's peak. CPU: running sum of the profiler's allocation events; it sees what goes through
-    PyTorch's allocator, and no scratch that a kernel takes from malloc itself: for ours, a further call shows by how
-    much the process grows. numpy: tracemalloc's peak. The first call warms up and compiles.
+    PyTorch's allocator, and no scratch that a kernel takes from malloc itself: for ours and for ``own_memory``, a
+    further call shows by how much the process grows. numpy: tracemalloc's peak. The first call warms up and compiles.
     """
     if _synchronize(problem):
         problem.step(provider, backward)
@@ -156,8 +158,6 @@ def _with_peak_bytes(problem: Problem, provider: str, backward: bool) -> tuple[l
         found = problem.step(provider, backward)
         torch.cuda.synchronize()
         return found, torch.cuda.max_memory_allocated() - before
-    if provider in problem.own_memory:
-        return problem.step(provider, backward), _resident_growth(lambda: problem.step(provider, backward))
     if provider in problem.in_numpy:
         tracemalloc.start()
         found = problem.step(provider, backward)
@@ -172,7 +172,7 @@ def _with_peak_bytes(problem: Problem, provider: str, backward: bool) -> tuple[l
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    if provider == problem.ours:
+    if provider == problem.ours or provider in problem.own_memory:
         peak = max(peak, _resident_growth(lambda: problem.step(provider, backward)))
     return found, peak
 
@@ -269,3 +269,50 @@ def _commit() -> str:
         return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# -- the command of a script -------------------------------------------------------------------------------------------
+
+
+def ours(op: str, device: str | torch.device = "cpu") -> str:
+    """Our provider's name: the backend that runs ``op``."""
+    return pssl_ext.explain(op, device).split(": ", 1)[1].split(" ")[0] + " (ours)"
+
+
+def arguments(description: str, name: str) -> argparse.ArgumentParser:
+    """The options that the scripts share; ``name`` as for ``run``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help=f"results file (default: runs/bench/{name}-<device>.json)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each problem, provider and pass")
+    parser.add_argument("--only", default="", help="the problems whose title holds this text")
+    return parser
+
+
+def run(
+    name: str,
+    problems: Iterable[Problem],
+    *,
+    device: str,
+    seconds: float,
+    out: Path | None = None,
+    only: str = "",
+    after: Callable[[Problem, list[Result]], None] | None = None,
+) -> None:
+    """Measures the problems whose title holds ``only``, one by one as they are made, shows each table and calls
+    ``after`` with it; writes ``out``, or else runs/bench/<name>-<device>.json."""
+    bandwidth = copy_bandwidth(device)
+    results: list[Result] = []
+    for problem in problems:
+        if only not in problem.name:
+            continue
+        found = measure(problem, bandwidth, seconds)
+        show(problem.name, found)
+        results += found
+        if after is not None:
+            after(problem, found)
+    print(f"copy: {bandwidth / 1e9:.2f} GB/s (bytes read and written)")
+    write(out or Path("runs/bench") / f"{name}-{device}.json", results, bandwidth, device)
