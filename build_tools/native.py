@@ -30,7 +30,8 @@ SIMD_FLAGS = {
 # liberties; -ffast-math would let NaN, infinities and the order of sums go.
 OPTIMISE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
-# Files whose results are compared with thresholds, so that they repeat their references' roundings one by one.
+# Files that share csrc/common/stepwise.h: where results are compared with thresholds, they repeat their references'
+# roundings one by one.
 STEPWISE = ("cam_compare_cpu", "cam_regions_cpu", "cam_sweep_cpu")
 STEPWISE_FLAGS = ["-ffp-contract=off", "-DPSSL_STEPWISE"]
 

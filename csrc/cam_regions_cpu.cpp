@@ -11,20 +11,16 @@ using namespace pssl;
 using namespace pssl::PSSL_SIMD_NAMESPACE;
 
 constexpr const char* kOp = "cam_regions";
-constexpr double kEps = 1e-5;             // as in the reference
-constexpr int64_t kTaskPixels = 1 << 13;  // that a thread takes at a time
 
 template <class T>
 class Regions {
  public:
   Regions(const std::vector<Tensor>& cams, const Tensor& image_labels, int64_t H, int64_t W)
-      : present_(present_classes(image_labels)), K_(image_labels.size(1)), H_(H), W_(W) {
+      : present_(present_classes(image_labels)), K_(image_labels.size(1)), H_(H), W_(W), tasks_(H, W) {
     for (const Tensor& t : cams) {
       cams_.emplace_back(t, H, W);
       scratch_ = std::max(scratch_, cams_.back().scratch());
     }
-    rows_per_task_ = std::max<int64_t>(1, kTaskPixels / W);
-    tasks_per_image_ = (H + rows_per_task_ - 1) / rows_per_task_;
   }
 
   Tensor mask(T foreground, T background, uint8_t ignore) {
@@ -59,13 +55,11 @@ class Regions {
   // f(image, task, y, scratch) for every row of every image
   template <class F>
   void each_row(const F& f) {
-    const int64_t tasks = int64_t(present_.size()) * tasks_per_image_;
+    const int64_t tasks = int64_t(present_.size()) * tasks_.count;
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       Scratch scratch(scratch_, W_);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / tasks_per_image_, y0 = task % tasks_per_image_ * rows_per_task_;
-        for (int64_t y = y0; y < std::min(y0 + rows_per_task_, H_); ++y) f(b, task, y, scratch);
-      }
+      for (int64_t task = begin; task < end; ++task)
+        tasks_.each_row(task % tasks_.count, [&](int64_t y) { f(task / tasks_.count, task, y, scratch); });
     });
   }
   void sum_of_scales(int64_t b, int64_t k, int64_t y, Scratch& s) const {
@@ -78,7 +72,7 @@ class Regions {
   }
   // [B,K]: each present class's maximum over its image, and the eps above it
   std::vector<T> divisors() {
-    Buffer<T> top(int64_t(present_.size()) * tasks_per_image_ * K_, true);  // no sum is below 0
+    Buffer<T> top(int64_t(present_.size()) * tasks_.count * K_, true);  // no sum is below 0
     each_row([&](int64_t b, int64_t task, int64_t y, Scratch& s) {
       for (int64_t k : present_[b]) {
         sum_of_scales(b, k, y, s);
@@ -89,16 +83,17 @@ class Regions {
     for (size_t b = 0; b < present_.size(); ++b)
       for (int64_t k : present_[b]) {
         T largest = T(0);
-        for (int64_t i = 0; i < tasks_per_image_; ++i)
-          largest = largest_of(&top[(b * tasks_per_image_ + i) * K_ + k], 1, largest);
-        divisor[b * K_ + k] = largest + T(kEps);
+        for (int64_t i = 0; i < tasks_.count; ++i)
+          largest = largest_of(&top[(b * tasks_.count + i) * K_ + k], 1, largest);
+        divisor[b * K_ + k] = largest + T(kMaximumEps);
       }
     return divisor;
   }
 
   std::deque<ResizedMaps<T>> cams_;
   std::vector<std::vector<int64_t>> present_;
-  int64_t K_, H_, W_, scratch_ = 0, rows_per_task_, tasks_per_image_;
+  int64_t K_, H_, W_, scratch_ = 0;
+  RowTasks tasks_;  // of one image
 };
 
 Tensor cam_regions_cpu(const std::vector<Tensor>& cams, const Tensor& image_labels, int64_t height,

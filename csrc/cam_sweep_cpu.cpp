@@ -17,8 +17,6 @@ using namespace pssl;
 using namespace pssl::PSSL_SIMD_NAMESPACE;
 
 constexpr const char* kOp = "cam_sweep";
-constexpr double kEps = 1e-5;             // as in the reference
-constexpr int64_t kTaskPixels = 1 << 13;  // that a thread takes at a time
 
 template <class T>
 struct Thresholds {
@@ -76,15 +74,18 @@ template <class T>
 struct Image {
   ResizedMaps<T> cams;
   Rows truth;
-  int64_t first_task, rows_per_task;
+  RowTasks tasks;
+  int64_t first_task;                                // among those of all images
   std::vector<std::pair<int64_t, int64_t>> classes;  // (region number, map), ascending: ties go to the lowest
   std::vector<T> divisor;                            // for each of `classes`; empty where nothing is divided
   LabelCheck check;
 
   Image(const Tensor& cam, const Tensor& ids, const Tensor& ground_truth, int64_t index, int64_t regions,
         int64_t first_task)
-      : cams(cam, ground_truth.size(0), ground_truth.size(1)), truth{&ground_truth}, first_task(first_task) {
-    rows_per_task = std::max<int64_t>(1, kTaskPixels / std::max<int64_t>(1, cams.W));
+      : cams(cam, ground_truth.size(0), ground_truth.size(1)),
+        truth{&ground_truth},
+        tasks(cams.H, cams.W),
+        first_task(first_task) {
     const int64_t k = cam.size(0);
     std::vector<int64_t> numbers(k);
     read_elements(ids, 0, ids.stride(0), k, numbers.data());
@@ -100,7 +101,6 @@ struct Image {
     std::stable_sort(classes.begin(), classes.end(), [](auto a, auto b) { return a.first < b.first; });
   }
   int64_t slots() const { return std::max<int64_t>(1, classes.size()); }  // of the histogram
-  int64_t tasks() const { return cams.W ? (cams.H + rows_per_task - 1) / rows_per_task : 0; }
 };
 
 // One thread's rows.
@@ -128,7 +128,7 @@ class Sweep {
       : thresholds_(thresholds), C_(regions), bins_(thresholds.numel() + 1), ignore_(ignore_index) {
     for (size_t i = 0; i < cams.size(); ++i) {
       images_.emplace_back(cams[i], class_ids[i], ground_truth[i], int64_t(i), C_, tasks_);
-      tasks_ += images_.back().tasks();
+      tasks_ += images_.back().tasks.count;
     }
     if (normalize) find_divisors();
   }
@@ -168,14 +168,11 @@ class Sweep {
     Scratch<T> scratch(images_);
     for (Image<T>& image : images_) {
       const int64_t first = std::max(begin, image.first_task);
-      const int64_t last = std::min(end, image.first_task + image.tasks());
+      const int64_t last = std::min(end, image.first_task + image.tasks.count);
       if (first >= last) continue;
       start(image);
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t y0 = (task - image.first_task) * image.rows_per_task;
-        for (int64_t y = y0; y < std::min(y0 + image.rows_per_task, image.cams.H); ++y)
-          row(image, task, y, scratch);
-      }
+      for (int64_t task = first; task < last; ++task)
+        image.tasks.each_row(task - image.first_task, [&](int64_t y) { row(image, task, y, scratch); });
       finish(image);
     }
   }
@@ -204,9 +201,9 @@ class Sweep {
     for (auto& image : images_)
       for (size_t j = 0; j < image.classes.size(); ++j) {
         T largest = lowest;
-        for (int64_t task = image.first_task; task < image.first_task + image.tasks(); ++task)
+        for (int64_t task = image.first_task; task < image.first_task + image.tasks.count; ++task)
           largest = largest_of(&top[task * most + j], 1, largest);
-        image.divisor.push_back(largest + T(kEps));
+        image.divisor.push_back(largest + T(kMaximumEps));
       }
   }
 

@@ -1,10 +1,29 @@
-// Steps on one row of values.
+// Steps on one row of values, and the rows of a map in tasks for threads.
 #pragma once
 
 #include "common/tensors.h"
 #include "common/vec.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
+
+constexpr double kMaximumEps = 1e-5;  // added to a CAM's maximum before dividing, as in the references
+
+// A map's rows in runs of about kPixels, which a thread takes at a time. Without pixels there is no task.
+struct RowTasks {
+  static constexpr int64_t kPixels = 1 << 13;
+
+  int64_t H, rows, count;
+
+  RowTasks(int64_t H, int64_t W)
+      : H(H),
+        rows(std::max<int64_t>(1, kPixels / std::max<int64_t>(1, W))),
+        count(W ? (H + rows - 1) / rows : 0) {}
+  // f(y) for the rows of one task
+  template <class F>
+  void each_row(int64_t task, const F& f) const {
+    for (int64_t y = task * rows; y < std::min((task + 1) * rows, H); ++y) f(y);
+  }
+};
 
 // The largest of `top` and n values; NaN counts as larger than all, as in torch.amax.
 template <class T>
