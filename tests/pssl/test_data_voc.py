@@ -1,6 +1,5 @@
 """VOC-layout folders: classes, splits, images, masks, image-level labels, errors where they are broken."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -258,11 +257,8 @@ def test_summary_command(voc: Path) -> None:
     assert "no such data folder" in done.stderr
 
 
-def test_real_photographs() -> None:
-    root = Path(os.environ.get("PSSL_VOC", REPOSITORY.parent / "shared" / "data" / "VOC2012mini"))
-    if not root.is_dir():
-        pytest.skip(f"no photographs at {root}; set PSSL_VOC to a VOC 2012 folder")
-    folder = VOCFolder(root)
+def test_real_photographs(photographs: Path) -> None:
+    folder = VOCFolder(photographs)
     assert len(folder.classes) == 20
     assert (folder.classes[0], folder.classes[18], folder.classes[19]) == ("aeroplane", "train", "tvmonitor")
     assert not set(folder.ids("train")) & set(folder.ids("val"))
