@@ -209,7 +209,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> cam_compare_backward_cpu(
     for (const Tensor& t : side) {
       views.push_back(FeatureView::of(t));  // a placeholder where it is not wanted
       if (!needed) continue;
-      Tensor grad = torch::stable::empty_like(t);
+      Tensor grad = new_like(t);
       grads.push_back(torch::stable::zero_(grad));
       views.back() = FeatureView::of(grad);
     }

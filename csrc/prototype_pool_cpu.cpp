@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& gr
   auto f = FeatureView::of(p.features);
   const int64_t C = p.C, cp = round_up(C, kLanes<T>), H = p.H(), W = p.W();
   const T eps = T(p.eps);
-  Tensor grad_features = needs[0] ? torch::stable::empty_like(p.features) : no_gradient(p.features);
+  Tensor grad_features = needs[0] ? new_like(p.features) : no_gradient(p.features);
   Tensor d_regions = needs[1] ? new_tensor({f.B, C, H, W}, scalar_type_of<T>) : no_gradient(p.regions);
   Tensor d_weights = needs[2] ? new_tensor({f.B, H, W}, scalar_type_of<T>) : no_gradient(p.weights);
   auto out = needs[0] ? FeatureView::of(grad_features) : f;

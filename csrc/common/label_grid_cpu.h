@@ -18,7 +18,11 @@ namespace pssl::PSSL_SIMD_NAMESPACE {
 // the square whose upper left corner the cell is.
 template <class T>
 struct GramMaps {
-  Buffer<T> self, right, lower, diagonals;  // [B,h,w]
+  Buffer<T> self, right, lower, diagonals;  // [B,h,w], or with longer rows
+
+  void reset(int64_t cells, bool zeroed = false) {
+    for (Buffer<T>* m : {&self, &right, &lower, &diagonals}) m->reset(cells, zeroed);
+  }
 };
 
 template <class T>
@@ -31,33 +35,50 @@ struct CellMaps {
   int64_t cell(int64_t b, int64_t y, int64_t x = 0) const { return (b * h + y) * w + x; }
 };
 
-// Products of every cell's feature with the class vectors of its image, `vectors(b)` = [D][cp], and, with `gram`, with
-// its neighbours.
-template <class T, class Vectors>
-CellMaps<T> cell_maps(const FeatureView& f, int64_t cp, const Vectors& vectors, bool gram) {
-  const int64_t cells = f.B * f.h * f.w;
-  CellMaps<T> maps{f.B, f.h, f.w, cp, Buffer<T>(cells * cp), {}, gram};
-  if (gram)
-    for (Buffer<T>* m : {&maps.gram.self, &maps.gram.right, &maps.gram.lower, &maps.gram.diagonals})
-      m->reset(cells);
+// Packed runs of feature rows, the last N of them kept: as the loop goes down the rows, each is packed once.
+template <class T, int N>
+class RowWindow {
+ public:
+  RowWindow(const FeatureView& f, int64_t ld) : f_(f), ld_(ld) {
+    for (Buffer<T>& row : rows_) row.reset(f.D * ld);
+    restart();
+  }
+  // Before another run of columns.
+  void restart() { std::fill_n(held_, N, kNone); }
+  // Columns [x, x + n) of row y of image b, zero outside the map, as [D][ld].
+  const T* at(int64_t b, int64_t y, int64_t x, int64_t n) {
+    const int64_t wanted = b * (f_.h + 2) + y + 1, place = wanted % N;
+    if (held_[place] != wanted) pack_row(f_, b, y, x, n, ld_, rows_[place].get(), ld_), held_[place] = wanted;
+    return rows_[place].get();
+  }
+
+ private:
+  static constexpr int64_t kNone = -1;
+  const FeatureView& f_;
+  int64_t ld_;
+  Buffer<T> rows_[N];
+  int64_t held_[N];  // which row, counted over all images with the two outside of each
+};
+
+// One pass over the cells, packed once for all products: calls dots(b, y, x, n, packed, ld) for each run of n cells and,
+// where `gram` is given, fills it; its rows are `stride` apart, and what lies behind the w-th column is left alone.
+template <class T, class Dots>
+void cell_pass(const FeatureView& f, const GramMaps<T>* gram, int64_t stride, const Dots& dots) {
   const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile + 1 + kLanes<T>);
   torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> upper(f.D * ld), lower(gram ? f.D * ld : 0), z(tile * cp);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / f.h, y = task % f.h;
-      for (int64_t x = 0; x < f.w; x += tile) {
-        const int64_t n = std::min(tile, f.w - x);
-        pack_row(f, b, y, x, n + 1, ld, upper.get(), ld);
-        if (cp) {
-          tile_dots(upper.get(), ld, round_up(n, kPixelBlock), f.D, vectors(b), cp, z.get());
-          std::copy_n(z.get(), n * cp, &maps.dots[maps.cell(b, y, x) * cp]);
-        }
+    RowWindow<T, 2> rows(f, ld);
+    for (int64_t x = 0; x < f.w; x += tile) {
+      rows.restart();
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / f.h, y = task % f.h, n = std::min(tile, f.w - x);
+        const T* upper = rows.at(b, y, x, n + 1);
+        dots(b, y, x, n, upper, ld);
         if (!gram) continue;
-        pack_row(f, b, y + 1, x, n + 1, ld, lower.get(), ld);
+        const T* lower = rows.at(b, y + 1, x, n + 1);
         for (int64_t p = 0; p < n; p += kLanes<T>) {
           Vec<T> self = {}, right = {}, below = {}, diagonals = {};
           for (int64_t d = 0; d < f.D; ++d) {
-            const T *u = &upper[d * ld + p], *l = &lower[d * ld + p];
+            const T *u = upper + d * ld + p, *l = lower + d * ld + p;
             const Vec<T> f00 = load<T>(u), f01 = load<T>(u + 1), f10 = load<T>(l), f11 = load<T>(l + 1);
             self += f00 * f00;
             right += f00 * f01;
@@ -65,15 +86,31 @@ CellMaps<T> cell_maps(const FeatureView& f, int64_t cp, const Vectors& vectors, 
             diagonals += f00 * f11;
             diagonals += f01 * f10;
           }
-          const int64_t kept = std::min<int64_t>(kLanes<T>, n - p), cell = maps.cell(b, y, x + p);
-          std::memcpy(&maps.gram.self[cell], &self, kept * sizeof(T));
-          std::memcpy(&maps.gram.right[cell], &right, kept * sizeof(T));
-          std::memcpy(&maps.gram.lower[cell], &below, kept * sizeof(T));
-          std::memcpy(&maps.gram.diagonals[cell], &diagonals, kept * sizeof(T));
+          const int64_t kept = std::min<int64_t>(kLanes<T>, n - p), cell = (b * f.h + y) * stride + x + p;
+          std::memcpy(&gram->self[cell], &self, kept * sizeof(T));
+          std::memcpy(&gram->right[cell], &right, kept * sizeof(T));
+          std::memcpy(&gram->lower[cell], &below, kept * sizeof(T));
+          std::memcpy(&gram->diagonals[cell], &diagonals, kept * sizeof(T));
         }
       }
     }
   });
+}
+
+// Products of every cell's feature with the class vectors of its image, `vectors(b)` = [D][cp], and, with `gram`, with
+// its neighbours.
+template <class T, class Vectors>
+CellMaps<T> cell_maps(const FeatureView& f, int64_t cp, const Vectors& vectors, bool gram) {
+  const int64_t cells = f.B * f.h * f.w;
+  CellMaps<T> maps{f.B, f.h, f.w, cp, Buffer<T>(cells * cp), {}, gram};
+  if (gram) maps.gram.reset(cells);
+  cell_pass<T>(f, gram ? &maps.gram : nullptr, f.w,
+               [&](int64_t b, int64_t y, int64_t x, int64_t n, const T* packed, int64_t ld) {
+                 if (!cp) return;
+                 Buffer<T> z(round_up(n, kPixelBlock) * cp);
+                 tile_dots(packed, ld, round_up(n, kPixelBlock), f.D, vectors(b), cp, z.get());
+                 std::copy_n(z.get(), n * cp, &maps.dots[maps.cell(b, y, x) * cp]);
+               });
   return maps;
 }
 
@@ -121,22 +158,29 @@ struct RowBlend {
 // below it.
 template <class T>
 struct CellAdjoint {
-  int64_t h, w, cp;
-  Buffer<T> upper, lower;              // [B,h,w,cp]
+  int64_t B, C, h, w;
+  int64_t class_stride, cell_stride, row_stride;  // of the products: [B,h,w,C], or planes [B,C,h,row]
+  int64_t image_stride;
+  Buffer<T> upper, lower;
   Buffer<T> self_upper, self_lower;    // [B,h,w]
   Buffer<T> right_upper, right_lower;  // [B,h,w]
   Buffer<T> below, diagonals;          // [B,h,w]
 
+  // Classes innermost, `cp` of them.
   CellAdjoint(int64_t B, int64_t h, int64_t w, int64_t cp)
-      : h(h), w(w), cp(cp), upper(B * h * w * cp, true), lower(B * h * w * cp, true) {
-    for (Buffer<T>* m : {&self_upper, &self_lower, &right_upper, &right_lower, &below, &diagonals})
-      m->reset(B * h * w, true);
+      : CellAdjoint(B, cp, h, w, 1, cp, w * cp, h * w * cp) {}
+  // A plane for each class, whose rows are `row` long.
+  static CellAdjoint planes(int64_t B, int64_t C, int64_t h, int64_t w, int64_t row) {
+    return {B, C, h, w, h * row, 1, row, C * h * row};
   }
   int64_t cell(int64_t b, int64_t y, int64_t x = 0) const { return (b * h + y) * w + x; }
+  int64_t product(int64_t b, int64_t y, int64_t x, int64_t c) const {
+    return b * image_stride + y * row_stride + x * cell_stride + c * class_stride;
+  }
 
   // The gradient of the products at a cell: from the label rows below it and from those above it.
   T dot(int64_t b, int64_t y, int64_t x, int64_t c) const {
-    return upper[cell(b, y, x) * cp + c] + (y ? lower[cell(b, y - 1, x) * cp + c] : T(0));
+    return upper[product(b, y, x, c)] + (y ? lower[product(b, y - 1, x, c)] : T(0));
   }
   // Twice the gradient of <f,f>: d<f,f>/df = 2 f.
   T self(int64_t b, int64_t y, int64_t x) const {
@@ -148,6 +192,23 @@ struct CellAdjoint {
   T lower_product(int64_t b, int64_t y, int64_t x) const { return y < 0 ? T(0) : below[cell(b, y, x)]; }
   T diagonal(int64_t b, int64_t y, int64_t x) const {
     return x < 0 || y < 0 ? T(0) : diagonals[cell(b, y, x)];
+  }
+
+ private:
+  CellAdjoint(int64_t B, int64_t C, int64_t h, int64_t w, int64_t class_stride, int64_t cell_stride,
+              int64_t row_stride, int64_t image_stride)
+      : B(B),
+        C(C),
+        h(h),
+        w(w),
+        class_stride(class_stride),
+        cell_stride(cell_stride),
+        row_stride(row_stride),
+        image_stride(image_stride),
+        upper(B * image_stride, true),
+        lower(B * image_stride, true) {
+    for (Buffer<T>* m : {&self_upper, &self_lower, &right_upper, &right_lower, &below, &diagonals})
+      m->reset(B * h * w, true);
   }
 };
 
@@ -164,17 +225,6 @@ struct RowAdjoint {
     std::fill_n(dots.get(), (w + 1) * cp, T(0));
     std::fill_n(self.get(), w + 1, T(0));
     std::fill_n(right.get(), w + 1, T(0));
-  }
-  // g[0..columns): the gradient of the products at label pixel x
-  template <class Columns>
-  void add(const Axis<T>& axis, int64_t x, Columns columns, const T* g) {
-    T *g0 = &dots[axis.index[x] * cp], *g1 = g0 + cp;
-    const T t = axis.fraction[x], s = T(1) - t;
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      const Vec<T> v = load<T>(g + c);
-      store<T>(g0 + c, load<T>(g0 + c) + s * v);
-      store<T>(g1 + c, load<T>(g1 + c) + t * v);
-    }
   }
   // g: the gradient of the product with class c alone
   void add_one(const Axis<T>& axis, int64_t x, int64_t c, T g) {

@@ -165,17 +165,6 @@ inline Tensor in_layout_of(const Tensor& argument, const Tensor& gradient) {
   return torch::stable::copy_(result, gradient);
 }
 
-inline Tensor new_tensor(std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::empty(sizes, type);
-}
-
-// The element of a one-element floating tensor.
-inline double scalar_value(const Tensor& t) {
-  double value;
-  read_elements(t, 0, 1, 1, &value);
-  return value;
-}
-
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Asks for huge pages for what lies within large memory that is about to be written for the first time: page by page,
@@ -188,6 +177,26 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
   const int64_t end = (int64_t(reinterpret_cast<intptr_t>(memory)) + bytes) / page * page;
   madvise(reinterpret_cast<void*>(intptr_t(begin)), size_t(end - begin), MADV_HUGEPAGE);
 #endif
+}
+
+// A new tensor, about to be written for the first time.
+inline Tensor in_huge_pages(Tensor t) {
+  if (t.numel() > 0) prefer_huge_pages(t.mutable_data_ptr(), t.numel() * int64_t(t.element_size()));
+  return t;
+}
+
+inline Tensor new_tensor(std::vector<int64_t> sizes, ScalarType type) {
+  return in_huge_pages(torch::stable::empty(sizes, type));
+}
+
+// For a gradient: the sizes, the type and, where it is dense, the layout of `argument`.
+inline Tensor new_like(const Tensor& argument) { return in_huge_pages(torch::stable::empty_like(argument)); }
+
+// The element of a one-element floating tensor.
+inline double scalar_value(const Tensor& t) {
+  double value;
+  read_elements(t, 0, 1, 1, &value);
+  return value;
 }
 
 // Memory of one call: uninitialised or zeroed, aligned to a cache line.

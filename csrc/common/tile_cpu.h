@@ -2,7 +2,7 @@
 // operators are made of. Packing comes first because a plane size that is a power of two makes the D strided reads of
 // one pixel collide in the cache.
 //
-//   dots:     z[p][c]  = sum_d f[d][p] q[d][c]           pixels against class vectors
+//   dots:     z[p][c]  = sum_d f[d][p] q[d][c]           pixels against class vectors; as planes z[c][p]
 //   outer:    s[d][c] += sum_p f[d][p] g[p][c]           class sums, and the gradient of the class vectors
 //   combine:  o[d][p]  = sum_c q[d][c] g[c][p] + ...     the gradient of the features
 //
@@ -15,9 +15,10 @@
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
 constexpr int kPixelBlock = 8;  // pixels that dots keeps in registers at once
-constexpr int kTilePixels = 128;
+constexpr int kTilePixels = 256;
 
-// Pixels of a tile: 128, less where D is so large that the tile would leave the second-level cache.
+// Pixels of a tile: a kilobyte of each channel at a time, less where D is so large that the tile would leave the
+// second-level cache.
 inline int64_t tile_pixels(int64_t D, int64_t element_bytes) {
   int64_t fits = (int64_t(1) << 19) / std::max<int64_t>(1, D * element_bytes) / 16 * 16;
   return std::clamp<int64_t>(fits, 16, kTilePixels);
@@ -131,6 +132,62 @@ PSSL_NOINLINE void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, 
   });
 }
 
+// z[c][p] = sum_d f[d][p] q[d][c] for c < C and p < pixels (a multiple of the vector length): a plane a class, so that a
+// vector holds one class of several pixels. q is [D][ldq].
+template <class T>
+PSSL_NOINLINE void plane_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t ldq,
+                              int64_t C, T* z, int64_t ldz) {
+  constexpr int kWide = kVecRegisters >= 32 ? 4 : 2, kRows = 6;  // kWide · kRows sums, kWide features, one q
+  auto block = [&](auto rows, auto vectors, int64_t c, int64_t p) {
+    constexpr int R = decltype(rows)::value;
+    constexpr int V = decltype(vectors)::value;
+    Vec<T> sum[R][V] = {};
+    for (int64_t d = 0; d < D; ++d) {
+      Vec<T> k[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) k[v] = load<T>(f + d * ld + p + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[i][v] += q[d * ldq + c + i] * k[v];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store<T>(z + (c + i) * ldz + p + v * kLanes<T>, sum[i][v]);
+  };
+  auto classes = [&](auto vectors, int64_t p) {
+    // as few groups of classes as kRows allows, of nearly equal size
+    const int64_t groups = (C + kRows - 1) / kRows;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t c = C * group / groups;
+      switch (C * (group + 1) / groups - c) {
+        case 6:
+          block(std::integral_constant<int, 6>{}, vectors, c, p);
+          break;
+        case 5:
+          block(std::integral_constant<int, 5>{}, vectors, c, p);
+          break;
+        case 4:
+          block(std::integral_constant<int, 4>{}, vectors, c, p);
+          break;
+        case 3:
+          block(std::integral_constant<int, 3>{}, vectors, c, p);
+          break;
+        case 2:
+          block(std::integral_constant<int, 2>{}, vectors, c, p);
+          break;
+        default:
+          block(std::integral_constant<int, 1>{}, vectors, c, p);
+      }
+    }
+  };
+  int64_t p = 0;
+  for (; p + kWide * kLanes<T> <= pixels; p += kWide * kLanes<T>)
+    classes(std::integral_constant<int, kWide>{}, p);
+  for (; p < pixels; p += kLanes<T>) classes(std::integral_constant<int, 1>{}, p);
+}
+
 // s[d][0..cp) += sum_p f[d][p] g[p][0..cp) over the `count` pixels listed in `active`. Pixels that count for nothing
 // are left out, not multiplied by 0: their features may be NaN.
 template <class T>
@@ -222,13 +279,6 @@ PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, co
   int64_t d = 0;
   for (; d + N <= D; d += N) columns(std::integral_constant<int, N>{}, d);
   for (; d < D; ++d) columns(std::integral_constant<int, 1>{}, d);
-}
-
-// gt[c][p] = g[p][c]
-template <class T>
-PSSL_NOINLINE void transpose_tile(const T* g, int64_t cp, int64_t C, int64_t pixels, T* gt, int64_t ldg) {
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < C; ++c) gt[c * ldg + p] = g[p * cp + c];
 }
 
 // squares[p] = sum_d f[d][p]^2 for p < pixels.

@@ -61,13 +61,14 @@ Buffer<T> tile_pass(const FeatureView& f, int64_t cp, bool sums, const MakeBody&
 // [B][D][cp]: the sums over the cells of f times the products' gradients.
 template <class T>
 Buffer<T> adjoint_class_sums(const FeatureView& f, const CellAdjoint<T>& adjoint, int64_t C) {
-  return tile_pass<T>(f, adjoint.cp, true, [&] {
+  const int64_t cp = round_up(C, kLanes<T>);
+  return tile_pass<T>(f, cp, true, [&] {
     return [&](Tile<T>& t) {
       for (int64_t p = 0; p < t.n; ++p) {
         bool any = false;
-        for (int64_t c = 0; c < adjoint.cp; ++c) {
+        for (int64_t c = 0; c < cp; ++c) {
           const T v = c < C ? adjoint.dot(t.b, t.y, t.x + p, c) : T(0);
-          t.g[p * adjoint.cp + c] = v;
+          t.g[p * cp + c] = v;
           any |= v != T(0);
         }
         if (any) t.active[t.count++] = int32_t(p);
@@ -83,12 +84,14 @@ void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, cons
                               int64_t C, const Vectors& vectors, bool gram) {
   const int64_t tile = tile_pixels(f.D, sizeof(T)), lanes = kLanes<T>;
   const int64_t ldg = round_up(tile, lanes), ld = tile_stride<T>(ldg + 2 + lanes);
-  const int64_t cp = adjoint.cp;
+  const int64_t cp = round_up(C, lanes);
   torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> rows(gram ? 3 * f.D * ld : 0), result(f.D * ld), gt(C * ldg), coefficients(9 * ldg);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / f.h, y = task % f.h;
-      for (int64_t x = 0; x < f.w; x += tile) {
+    RowWindow<T, 3> rows(f, gram ? ld : 0);
+    Buffer<T> result(f.D * ld), gt(C * ldg), coefficients(9 * ldg);
+    for (int64_t x = 0; x < f.w; x += tile) {
+      rows.restart();
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / f.h, y = task % f.h;
         const int64_t n = std::min(tile, f.w - x), padded = round_up(n, lanes);
         for (int64_t c = 0; c < C; ++c)
           for (int64_t p = 0; p < padded; ++p) gt[c * ldg + p] = p < n ? adjoint.dot(b, y, x + p, c) : T(0);
@@ -109,8 +112,7 @@ void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, cons
             for (int k = 0; k < 9; ++k) coefficients[k * ldg + p] = values[k];
           }
           for (int64_t dy = 0; dy < 3; ++dy) {
-            T* row = &rows[dy * f.D * ld];
-            pack_row(f, b, y + dy - 1, x - 1, n + 2, ld, row, ld);
+            const T* row = rows.at(b, y + dy - 1, x - 1, n + 2);
             for (int64_t dx = 0; dx < 3; ++dx)
               neighbours.push_back({row + dx, &coefficients[(dy * 3 + dx) * ldg]});
           }

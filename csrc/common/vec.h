@@ -1,6 +1,7 @@
 // Vectors of the width that the file is compiled for, by the compiler's vector extension (GCC, Clang).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -70,6 +71,18 @@ inline Vec<T> exchange(Vec<T> v) {
 #endif
 }
 
+// Lane i of the result is lane index[i] of v.
+template <class T>
+inline Vec<T> pick(Vec<T> v, typename VecOf<BitsOf<T>>::type index) {
+#if defined(__clang__)
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r[i] = v[index[i]];
+  return r;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
 // The sum and the maximum over the lanes, by a butterfly: the order of additions is fixed by the width alone.
 template <class T>
 inline T lane_sum(Vec<T> v) {
@@ -90,35 +103,40 @@ inline T lane_max(Vec<T> v) {
 }
 
 // e^x for x <= 0 (a softmax after subtracting its maximum), to about one unit in the last place. x = n ln2 + r with
-// |r| <= ln2/2; Taylor's series of e^r to a term below the type's rounding (r^8/8! = 5e-9, r^14/14! = 4e-18); n goes
-// into the exponent bits. Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits. Results below
-// the smallest normal number come out as that number; they do not count beside the maximum's 1.
+// |r| <= ln2/2; Taylor's series of e^r to a term below the type's rounding (r^8/8! = 5e-9, r^14/14! = 4e-18). Adding
+// 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits; with the exponent's bias added too, these bits
+// moved up are 2^n. Results below the smallest normal numbers come out as one of these; they do not count beside the
+// maximum's 1.
 template <class T>
 inline Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr bool single = sizeof(T) == 4;
   constexpr int mantissa = single ? 23 : 52;
   constexpr T lowest = single ? T(-86.6) : T(-707);
-  constexpr T round = single ? T(12582912.0) : T(6755399441055744.0);
+  constexpr T round = single ? T(12582912.0 + 127) : T(6755399441055744.0 + 1023);
   constexpr T log2e = T(1.4426950408889634074);
   // ln2 in two parts, the first short enough that n * high is exact
   constexpr T high = single ? T(0.693359375) : T(0.693147180369123816490);
   constexpr T low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
   x = x < lowest ? splat<T>(lowest) : x;
-  Vec<T> shifted = x * log2e + round;
-  Vec<T> n = shifted - round;
-  Vec<T> r = (x - n * high) - n * low;
+  const Vec<T> shifted = x * log2e + round;
+  const Vec<T> n = shifted - round;
+  const Vec<T> r = (x - n * high) - n * low;
   constexpr int degree = single ? 7 : 13;
-  Vec<T> series = splat<T>(T(1));
+  constexpr std::array<T, degree + 1> inverse_factorial = [] {
+    std::array<T, degree + 1> values{};
+    double factorial = 1;
+    for (int k = 0; k <= degree; ++k) values[k] = T(1 / factorial), factorial *= k + 1;
+    return values;
+  }();
+  Vec<T> series = splat<T>(inverse_factorial[degree]);
 #pragma GCC unroll 16
-  for (int k = degree; k >= 1; --k) series = series * (r * T(1.0 / k)) + T(1);
-  using Bits = typename VecOf<BitsOf<T>>::type;
-  Bits exponent, value;
+  for (int k = degree - 1; k >= 0; --k) series = series * r + inverse_factorial[k];
+  typename VecOf<BitsOf<T>>::type exponent;
   std::memcpy(&exponent, &shifted, sizeof exponent);
-  std::memcpy(&value, &series, sizeof value);
-  value += exponent << mantissa;
-  Vec<T> result;
-  std::memcpy(&result, &value, sizeof result);
-  return x == x ? result : x;  // the exponent's bits would make a number of NaN
+  exponent <<= mantissa;
+  Vec<T> power;
+  std::memcpy(&power, &exponent, sizeof power);
+  return series * power;  // NaN stays NaN through the series
 }
 
 // log(x) for normal x > 0, to about one unit in the last place. x = 2^n m with m in [sqrt(1/2), sqrt(2)), and
