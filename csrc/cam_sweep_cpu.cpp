@@ -106,16 +106,20 @@ struct Image {
 // One thread's rows.
 template <class T>
 struct Scratch {
-  Buffer<T> memory, values, best;
+  Buffer<T> memory, values;
+  Buffer<T> best;        // of a task's pixels, the largest value
+  Buffer<int32_t> slot;  // and its class
   Buffer<int64_t> wide_truth;
-  Buffer<int32_t> truth, slot, bin;
+  Buffer<int32_t> truth, bin;
 
   explicit Scratch(const std::deque<Image<T>>& images) {
-    int64_t most = 0, width = 0;
-    for (const auto& image : images)
+    int64_t most = 0, width = 0, pixels = 0;
+    for (const auto& image : images) {
       most = std::max(most, image.cams.scratch()), width = std::max(width, image.cams.W);
-    memory.reset(most), values.reset(width), best.reset(width);
-    wide_truth.reset(width), truth.reset(width), slot.reset(width), bin.reset(width);
+      pixels = std::max(pixels, image.tasks.rows * image.cams.W);
+    }
+    memory.reset(most), values.reset(width), best.reset(pixels), slot.reset(pixels);
+    wide_truth.reset(width), truth.reset(width), bin.reset(width);
   }
 };
 
@@ -151,10 +155,10 @@ class Sweep {
         const std::lock_guard<std::mutex> lock(adding);
         add_counts(image, histogram.get(), out);
       };
-      auto row = [&](Image<T>& image, int64_t, int64_t y, Scratch<T>& s) {
-        count_row(image, y, s, histogram.get());
+      auto task = [&](Image<T>& image, int64_t number, Scratch<T>& s) {
+        count_task(image, number, s, histogram.get());
       };
-      each_row(begin, end, row, start, finish);
+      each_task(begin, end, task, start, finish);
     });
     for (size_t i = 0; i < images_.size(); ++i)
       images_[i].check.raise_if_found(kOp, C_, ignore_, "ground_truth[" + std::to_string(i) + "]");
@@ -162,22 +166,27 @@ class Sweep {
   }
 
  private:
-  // row(image, task, y, scratch) for the rows of tasks [begin, end), between start(image) and finish(image)
-  template <class Row, class Start, class Finish>
-  void each_row(int64_t begin, int64_t end, const Row& row, const Start& start, const Finish& finish) {
+  // task(image, number, scratch) for tasks [begin, end), between start(image) and finish(image)
+  template <class Task, class Start, class Finish>
+  void each_task(int64_t begin, int64_t end, const Task& task, const Start& start, const Finish& finish) {
     Scratch<T> scratch(images_);
     for (Image<T>& image : images_) {
       const int64_t first = std::max(begin, image.first_task);
       const int64_t last = std::min(end, image.first_task + image.tasks.count);
       if (first >= last) continue;
       start(image);
-      for (int64_t task = first; task < last; ++task)
-        image.tasks.each_row(task - image.first_task, [&](int64_t y) { row(image, task, y, scratch); });
+      for (int64_t number = first; number < last; ++number) task(image, number, scratch);
       finish(image);
     }
   }
-  void read_row(const Image<T>& image, int64_t j, int64_t y, Scratch<T>& s) const {
-    image.cams.row(image.cams.maps.plane(0, image.classes[j].second), y, s.memory.get(), s.values.get());
+  // f(i, values) for row i of a task, of one class: one after the other as they lie in memory
+  template <class F>
+  void each_row(const Image<T>& image, int64_t task, int64_t j, Scratch<T>& s, const F& f) const {
+    const FeatureView plane = image.cams.maps.plane(0, image.classes[j].second);
+    int64_t i = 0;
+    image.tasks.each_row(task - image.first_task, [&](int64_t y) {
+      f(i++, image.cams.row_in_place(plane, y, s.memory.get(), s.values.get()));
+    });
   }
 
   // Each class's maximum over its image, of the resized map, and the eps above it.
@@ -188,15 +197,15 @@ class Sweep {
     Buffer<T> top(tasks_ * most);
     std::fill_n(top.get(), tasks_ * most, lowest);
     torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      auto row = [&](Image<T>& image, int64_t task, int64_t y, Scratch<T>& s) {
+      auto task = [&](Image<T>& image, int64_t number, Scratch<T>& s) {
         for (size_t j = 0; j < image.classes.size(); ++j) {
-          read_row(image, j, y, s);
-          T& largest = top[task * most + j];
-          largest = largest_of(s.values.get(), image.cams.W, largest);
+          T& largest = top[number * most + j];
+          each_row(image, number, j, s,
+                   [&](int64_t, const T* values) { largest = largest_of(values, image.cams.W, largest); });
         }
       };
       auto nothing = [](const Image<T>&) {};
-      each_row(begin, end, row, nothing, nothing);
+      each_task(begin, end, task, nothing, nothing);
     });
     for (auto& image : images_)
       for (size_t j = 0; j < image.classes.size(); ++j) {
@@ -210,34 +219,40 @@ class Sweep {
   // [C + 1, slots, bins]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
 
-  void count_row(Image<T>& image, int64_t y, Scratch<T>& s, int64_t* histogram) const {
+  void count_task(Image<T>& image, int64_t task, Scratch<T>& s, int64_t* histogram) const {
+    const int64_t W = image.cams.W, pixels = image.tasks.rows * W;
+    std::fill_n(s.best.get(), pixels, -std::numeric_limits<T>::infinity());
+    std::fill_n(s.slot.get(), pixels, 0);
+    for (size_t j = 0; j < image.classes.size(); ++j)
+      each_row(image, task, j, s, [&](int64_t i, const T* values) {
+        if (!image.divisor.empty()) values = divide_row(values, W, image.divisor[j], s.values.get());
+        keep_best(values, W, int32_t(j), &s.best[i * W], &s.slot[i * W]);
+      });
+    int64_t i = 0;
+    image.tasks.each_row(task - image.first_task,
+                         [&](int64_t y) { count_row(image, y, i++ * W, s, histogram); });
+  }
+  // Row y, whose best values are those from `at` on.
+  void count_row(Image<T>& image, int64_t y, int64_t at, Scratch<T>& s, int64_t* histogram) const {
     const int64_t W = image.cams.W;
-    std::fill_n(s.best.get(), W, -std::numeric_limits<T>::infinity());
-    std::fill_n(s.slot.get(), W, 0);
-    for (size_t j = 0; j < image.classes.size(); ++j) {
-      read_row(image, j, y, s);
-      if (!image.divisor.empty()) divide_row(s.values.get(), W, image.divisor[j]);
-      keep_best(s.values.get(), W, int32_t(j), s.best.get(), s.slot.get());
-    }
-    thresholds_.below_row(s.best.get(), W, s.bin.get());
+    thresholds_.below_row(&s.best[at], W, s.bin.get());
     if (image.truth.tensor->scalar_type() == ScalarType::Long) {
-      add_label_rows(image, y, s, s.wide_truth.get());
+      add_label_rows(image, y, &s.slot[at], s, s.wide_truth.get());
     } else {
-      add_label_rows(image, y, s, s.truth.get());
+      add_label_rows(image, y, &s.slot[at], s, s.truth.get());
     }
     const int32_t* bin = s.bin.get();
     for (int64_t x = 0; x < W; ++x) ++histogram[bin[x]];
   }
   // s.bin += where the bins of each pixel's label and slot begin
   template <class Label>
-  PSSL_NOINLINE void add_label_rows(Image<T>& image, int64_t y, Scratch<T>& s,
+  PSSL_NOINLINE void add_label_rows(Image<T>& image, int64_t y, const int32_t* __restrict slot, Scratch<T>& s,
                                     Label* __restrict truth) const {
     const int64_t W = image.cams.W;
     image.truth.read_plane(y, 0, W, truth);
     const bool any_ignored = int64_t(Label(ignore_)) == ignore_;
     const Label C = Label(C_), ignored = Label(ignore_);
     const int32_t slots = int32_t(image.slots()), bins = int32_t(bins_);
-    const int32_t* slot = s.slot.get();
     int32_t* __restrict bin = s.bin.get(), bad = 0;
     for (int64_t x = 0; x < W; ++x) {
       const bool inside = (truth[x] >= 0) & (truth[x] < C), ignore = any_ignored & (truth[x] == ignored);

@@ -38,6 +38,14 @@ struct ResizedMaps {
     spread_row(blended, out);
   }
 
+  // Row y of `plane` where it lies, if it can be read there; else row() into `out`.
+  const T* row_in_place(const FeatureView& plane, int64_t y, T* memory, T* out) const {
+    if (same && plane.type == scalar_type_of<T> && plane.sx == 1)
+      return static_cast<const T*>(plane.data) + y * plane.sy;
+    row(plane, y, memory, out);
+    return out;
+  }
+
   // The adjoint of row(): adds to cells[h][w] what gradient[0..W) of row y gives to each. Contents of `memory` are lost.
   void add_adjoint(const T* gradient, int64_t y, T* memory, T* cells) const {
     const int64_t w = maps.w;

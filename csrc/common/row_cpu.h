@@ -53,8 +53,9 @@ PSSL_NOINLINE void keep_best(const T* __restrict values, int64_t n, int32_t numb
 }
 
 template <class T>
-PSSL_NOINLINE void divide_row(T* values, int64_t n, T divisor) {
-  for (int64_t x = 0; x < n; ++x) values[x] /= divisor;
+PSSL_NOINLINE const T* divide_row(const T* values, int64_t n, T divisor, T* out) {
+  for (int64_t x = 0; x < n; ++x) out[x] = values[x] / divisor;
+  return out;
 }
 
 // NaN stays, as in torch.relu.
