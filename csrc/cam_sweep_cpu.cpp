@@ -147,11 +147,13 @@ class Sweep {
                     ": num_regions × classes × thresholds = ", most, " is too large");
     std::mutex adding;
     torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      Buffer<int64_t> histogram(most);
+      Buffer<int64_t> histogram(kWays * most);
       auto start = [&](const Image<T>& image) {
-        std::fill_n(histogram.get(), histogram_size(image), int64_t(0));
+        std::fill_n(histogram.get(), kWays * histogram_size(image), int64_t(0));
       };
       auto finish = [&](const Image<T>& image) {
+        const int64_t size = histogram_size(image);
+        for (int64_t i = size; i < kWays * size; ++i) histogram[i % size] += histogram[i];
         const std::lock_guard<std::mutex> lock(adding);
         add_counts(image, histogram.get(), out);
       };
@@ -216,6 +218,10 @@ class Sweep {
       }
   }
 
+  // Neighbours mostly fall into one bin, and adding to a number that was just stored waits for the store: so they are
+  // counted in histograms of their own.
+  static constexpr int64_t kWays = 4;
+
   // [C + 1, slots, bins]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
 
@@ -242,7 +248,11 @@ class Sweep {
       add_label_rows(image, y, &s.slot[at], s, s.truth.get());
     }
     const int32_t* bin = s.bin.get();
-    for (int64_t x = 0; x < W; ++x) ++histogram[bin[x]];
+    const int64_t size = histogram_size(image);
+    int64_t x = 0;
+    for (; x + kWays <= W; x += kWays)
+      for (int64_t way = 0; way < kWays; ++way) ++histogram[way * size + bin[x + way]];
+    for (; x < W; ++x) ++histogram[bin[x]];
   }
   // s.bin += where the bins of each pixel's label and slot begin
   template <class Label>
