@@ -166,9 +166,8 @@ std::vector<std::pair<int64_t, int64_t>> present_pairs(const Tensor& image_label
 
 void check(const std::vector<Tensor>& main, const std::vector<Tensor>& support, const Tensor& image_labels,
            int64_t height, int64_t width) {
-  check_maps(kOp, "main", main, image_labels);
-  check_maps(kOp, "support", support, image_labels);
-  STD_TORCH_CHECK(height >= 1 && width >= 1, kOp, ": size must be at least 1 by 1");
+  check_maps(kOp, "main", main, image_labels, height, width);
+  check_maps(kOp, "support", support, image_labels, height, width);
 }
 
 template <class F>
