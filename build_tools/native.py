@@ -74,7 +74,7 @@ def simd_levels() -> list[str]:
 
 
 def operator_flags(rule: str, source: Path) -> list[str]:
-    """Flags that a file is compiled with for its operator's sake; files are named <operator>_cpu.cpp, <operator>_cuda.cu."""
+    """What a file <operator>_cpu.cpp or <operator>_cuda.cu is compiled with for its operator's sake."""
     return STEPWISE_FLAGS[rule] if source.stem.rpartition("_")[0] in STEPWISE else []
 
 

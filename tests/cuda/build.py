@@ -15,13 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "build_tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "build_tools"))
 
 import native
 import pssl_backend
 from pssl_backend import ROOT
 
+HERE = Path(__file__).resolve().parent
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 # -O1 and no -march: nothing here contracts products and sums, as STEPWISE asks for.
 FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fPIC", "-fvisibility=hidden"]

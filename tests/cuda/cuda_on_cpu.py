@@ -3,9 +3,9 @@
     pytest -p cuda_on_cpu --cuda-on-cpu PATH tests/ops
 
 with tests/cuda on PYTHONPATH. PATH is the module that tests/cuda/build.py made; it stands in for pssl_ext._C, so that
-what the tests call native is the CUDA code. Tests of operators without a .cu file are skipped, and what tests nothing of
-a kernel is left out. New memory holds NaN all the time, and since kernels do not look for labels out of range (no result
-may wait for the device), PSSL_DEBUG=1 has them found before the call.
+what the tests call native is the CUDA code. Tests of operators without a .cu file are skipped, and what tests nothing
+of a kernel is left out. New memory holds NaN all the time, and since kernels do not look for labels out of range (no
+result may wait for the device), PSSL_DEBUG=1 has them found before the call.
 """
 
 from __future__ import annotations
