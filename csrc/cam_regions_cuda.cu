@@ -52,7 +52,8 @@ __device__ T sum_of_scales(const Problem& p, const TileTaps<T>* taps, int64_t b,
 
 // top[b,k] = the maximum of every present class over its image, as ordered bits; 0 before.
 template <class T>
-__global__ void __launch_bounds__(Tile::kThreads) maxima(const Problem p, OrderedBits<T>* top) {
+__global__ void __launch_bounds__(Tile::kThreads)
+    maxima(const __grid_constant__ Problem p, OrderedBits<T>* top) {
   PSSL_DYNAMIC_SHARED(TileTaps<T>, taps);
   PSSL_SHARED(present, Present);
   PSSL_SHARED(scratch, OrderedBits<T>[kWarp]);
@@ -73,8 +74,8 @@ __global__ void __launch_bounds__(Tile::kThreads) maxima(const Problem p, Ordere
 
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
-    labels(const Problem p, const OrderedBits<T>* top, T foreground, T background, uint8_t ignore,
-           uint8_t* out) {
+    labels(const __grid_constant__ Problem p, const OrderedBits<T>* top, T foreground, T background,
+           uint8_t ignore, uint8_t* out) {
   PSSL_DYNAMIC_SHARED(TileTaps<T>, taps);
   PSSL_SHARED(present, Present);
   for (int64_t task = blockIdx.x; task < p.B * p.tiles(); task += gridDim.x) {

@@ -39,4 +39,21 @@ inline void check_maps(const char* op, const char* argument, const std::vector<T
                     op, ": ", argument, " must be [B,K,h,w] with at least one cell");
 }
 
+// The arguments of cam_sweep: N of [k,h,w], [k] and [H,W].
+inline void check_images(const char* op, const std::vector<Tensor>& cams,
+                         const std::vector<Tensor>& class_ids, const std::vector<Tensor>& ground_truth,
+                         const Tensor& thresholds, int64_t num_regions) {
+  STD_TORCH_CHECK(cams.size() == class_ids.size() && cams.size() == ground_truth.size(), op,
+                  ": cams, class_ids and ground_truth must be lists of one length");
+  STD_TORCH_CHECK(thresholds.dim() == 1 && num_regions >= 1, op,
+                  ": thresholds must be [T], num_regions at least 1");
+  for (size_t i = 0; i < cams.size(); ++i) {
+    STD_TORCH_CHECK(cams[i].dim() == 3 && class_ids[i].dim() == 1 && ground_truth[i].dim() == 2 &&
+                        class_ids[i].size(0) == cams[i].size(0),
+                    op, ": cams must be [k,h,w], class_ids [k], ground_truth [H,W]");
+    STD_TORCH_CHECK(cams[i].numel() > 0 || cams[i].size(0) == 0 || ground_truth[i].numel() == 0, op,
+                    ": cams have no cells");
+  }
+}
+
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

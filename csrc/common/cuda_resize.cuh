@@ -11,8 +11,18 @@
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
-// Maps travel in the kernel's parameters, of which there can be 4 KB.
+// Maps travel in the kernel's parameters.
 constexpr int kMostMaps = 24;
+
+// One image's maps [k,h,w] as a batch of one.
+inline AnyView<4> one_image(const Tensor& maps) {
+  AnyView<4> v;
+  const AnyView<3> of = AnyView<3>::of(maps);
+  v.size[0] = 1, v.stride[0] = 0;
+  for (int i = 0; i < 3; ++i) v.size[i + 1] = of.size[i], v.stride[i + 1] = of.stride[i];
+  v.data = of.data, v.type = of.type;
+  return v;
+}
 
 struct MapList {
   int count = 0;
