@@ -26,7 +26,6 @@ struct Present {
 };
 
 __device__ void find_present(const Problem& p, int64_t b, Present& present) {
-  __syncthreads();  // the last image's readers have finished
   if (block_thread() < kWarp) {
     const int lane = block_thread();
     int count = 0;
@@ -57,18 +56,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
   PSSL_DYNAMIC_SHARED(TileTaps<T>, taps);
   PSSL_SHARED(present, Present);
   PSSL_SHARED(scratch, OrderedBits<T>[kWarp]);
-  for (int64_t task = blockIdx.x; task < p.B * p.tiles(); task += gridDim.x) {
-    const int64_t b = task / p.tiles();
-    const Tile tile = Tile::at(task % p.tiles(), p.H, p.W);
-    find_present(p, b, present);
-    find_taps(tile, p.cams.map, p.cams.count, taps);
-    for (int i = 0; i < present.count; ++i) {
-      const int64_t k = present.list[i];
-      OrderedBits<T> own = 0;
-      if (tile.inside()) own = ordered_bits(sum_of_scales(p, taps, b, k));
-      own = block_largest(own, scratch);
-      if (block_thread() == 0) atomicMax(top + b * p.K + k, own);
-    }
+  const int64_t b = blockIdx.x / p.tiles();
+  const Tile tile = Tile::at(blockIdx.x % p.tiles(), p.H, p.W);
+  find_present(p, b, present);
+  find_taps(tile, p.cams.map, p.cams.count, taps);
+  for (int i = 0; i < present.count; ++i) {
+    const int64_t k = present.list[i];
+    OrderedBits<T> own = 0;
+    if (tile.inside()) own = ordered_bits(sum_of_scales(p, taps, b, k));
+    own = block_largest(own, scratch);
+    if (block_thread() == 0) atomicMax(top + b * p.K + k, own);
   }
 }
 
@@ -78,22 +75,20 @@ __global__ void __launch_bounds__(Tile::kThreads)
            uint8_t ignore, uint8_t* out) {
   PSSL_DYNAMIC_SHARED(TileTaps<T>, taps);
   PSSL_SHARED(present, Present);
-  for (int64_t task = blockIdx.x; task < p.B * p.tiles(); task += gridDim.x) {
-    const int64_t b = task / p.tiles();
-    const Tile tile = Tile::at(task % p.tiles(), p.H, p.W);
-    find_present(p, b, present);
-    find_taps(tile, p.cams.map, p.cams.count, taps);
-    if (!tile.inside()) continue;
-    T best = T(-1);  // no class: below every sensible threshold
-    int32_t index = 0;
-    for (int i = 0; i < present.count; ++i) {
-      const int32_t k = present.list[i];
-      const T divisor = from_ordered_bits<T>(top[b * p.K + k]) + T(kMaximumEps);
-      const T value = sum_of_scales(p, taps, b, k) / divisor;
-      if (beats(value, best)) best = value, index = k;
-    }
-    out[(b * p.H + tile.y()) * p.W + tile.x()] = region_label(best, index, foreground, background, ignore);
+  const int64_t b = blockIdx.x / p.tiles();
+  const Tile tile = Tile::at(blockIdx.x % p.tiles(), p.H, p.W);
+  find_present(p, b, present);
+  find_taps(tile, p.cams.map, p.cams.count, taps);
+  if (!tile.inside()) return;
+  T best = T(-1);  // no class: below every sensible threshold
+  int32_t index = 0;
+  for (int i = 0; i < present.count; ++i) {
+    const int32_t k = present.list[i];
+    const T divisor = from_ordered_bits<T>(top[b * p.K + k]) + T(kMaximumEps);
+    const T value = sum_of_scales(p, taps, b, k) / divisor;
+    if (beats(value, best)) best = value, index = k;
   }
+  out[(b * p.H + tile.y()) * p.W + tile.x()] = region_label(best, index, foreground, background, ignore);
 }
 
 Tensor cam_regions_cuda(const std::vector<Tensor>& cams, const Tensor& image_labels, int64_t height,

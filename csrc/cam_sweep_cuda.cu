@@ -107,15 +107,14 @@ __global__ void __launch_bounds__(Tile::kThreads)
     maxima(const __grid_constant__ Batch batch, const __grid_constant__ Sweep<T> s) {
   PSSL_SHARED(taps, TileTaps<T>);
   PSSL_SHARED(scratch, OrderedBits<T>[kWarp]);
-  for (int64_t task = blockIdx.x; task < batch.tasks; task += gridDim.x)
-    each_tile(batch, task, &taps, [&](const Image& image, const Tile& tile) {
-      for (int64_t j = 0; j < image.classes(); ++j) {
-        OrderedBits<T> own = 0;
-        if (tile.inside()) own = ordered_bits(resized_at_thread(image.cams, taps, 0, j));
-        own = block_largest(own, scratch);
-        if (block_thread() == 0) atomicMax(s.top + image.first_top + j, own);
-      }
-    });
+  each_tile(batch, blockIdx.x, &taps, [&](const Image& image, const Tile& tile) {
+    for (int64_t j = 0; j < image.classes(); ++j) {
+      OrderedBits<T> own = 0;
+      if (tile.inside()) own = ordered_bits(resized_at_thread(image.cams, taps, 0, j));
+      own = block_largest(own, scratch);
+      if (block_thread() == 0) atomicMax(s.top + image.first_top + j, own);
+    }
+  });
 }
 
 // A pixel's best class and how many thresholds lie below its maximum.
@@ -144,42 +143,39 @@ __global__ void __launch_bounds__(Tile::kThreads)
     count(const __grid_constant__ Batch batch, const __grid_constant__ Sweep<T> s) {
   PSSL_SHARED(taps, TileTaps<T>);
   const int64_t bins = s.bins();
-  for (int64_t task = blockIdx.x; task < batch.tasks; task += gridDim.x) {
-    if constexpr (!kShared) {
-      each_tile(batch, task, &taps, [&](const Image& image, const Tile& tile) {
-        if (!tile.inside()) return;
-        const int64_t label = image.truth.integer(tile.y(), tile.x());
-        if (label == s.ignore || label < 0 || label >= s.C) return;
-        const Best best = best_class(s, image, taps);
-        const int64_t region = image.classes() ? image.region(best.slot, s.C) : 0;
-        atomicAdd(s.histogram + (label * s.C + region) * bins + best.below, Count(1));
-      });
-    } else {
-      PSSL_DYNAMIC_SHARED(unsigned, histogram);  // [C, slots, bins] of the task's image
-      const Image* of = nullptr;
-      int64_t size = 0, slots = 1;
-      each_tile(batch, task, &taps, [&](const Image& image, const Tile& tile) {
-        if (!of) {
-          of = &image;
-          slots = image.classes() ? image.classes() : 1;
-          size = s.C * slots * bins;
-          for (int64_t i = block_thread(); i < size; i += Tile::kThreads) histogram[i] = 0;
-          __syncthreads();
-        }
-        if (!tile.inside()) return;
-        const int64_t label = image.truth.integer(tile.y(), tile.x());
-        if (label == s.ignore || label < 0 || label >= s.C) return;
-        const Best best = best_class(s, image, taps);
-        atomicAdd(histogram + (label * slots + best.slot) * bins + best.below, 1u);
-      });
-      __syncthreads();
-      for (int64_t i = block_thread(); i < size; i += Tile::kThreads) {
-        if (histogram[i] == 0) continue;
-        const int64_t label = i / bins / slots, slot = i / bins % slots;
-        const int64_t region = of->classes() ? of->region(slot, s.C) : 0;
-        atomicAdd(s.histogram + (label * s.C + region) * bins + i % bins, Count(histogram[i]));
+  if constexpr (!kShared) {
+    each_tile(batch, blockIdx.x, &taps, [&](const Image& image, const Tile& tile) {
+      if (!tile.inside()) return;
+      const int64_t label = image.truth.integer(tile.y(), tile.x());
+      if (label == s.ignore || label < 0 || label >= s.C) return;
+      const Best best = best_class(s, image, taps);
+      const int64_t region = image.classes() ? image.region(best.slot, s.C) : 0;
+      atomicAdd(s.histogram + (label * s.C + region) * bins + best.below, Count(1));
+    });
+  } else {
+    PSSL_DYNAMIC_SHARED(unsigned, histogram);  // [C, slots, bins] of the task's image
+    const Image* of = nullptr;
+    int64_t size = 0, slots = 1;
+    each_tile(batch, blockIdx.x, &taps, [&](const Image& image, const Tile& tile) {
+      if (!of) {
+        of = &image;
+        slots = image.classes() ? image.classes() : 1;
+        size = s.C * slots * bins;
+        for (int64_t i = block_thread(); i < size; i += Tile::kThreads) histogram[i] = 0;
+        __syncthreads();
       }
-      __syncthreads();
+      if (!tile.inside()) return;
+      const int64_t label = image.truth.integer(tile.y(), tile.x());
+      if (label == s.ignore || label < 0 || label >= s.C) return;
+      const Best best = best_class(s, image, taps);
+      atomicAdd(histogram + (label * slots + best.slot) * bins + best.below, 1u);
+    });
+    __syncthreads();
+    for (int64_t i = block_thread(); i < size; i += Tile::kThreads) {
+      if (histogram[i] == 0) continue;
+      const int64_t label = i / bins / slots, slot = i / bins % slots;
+      const int64_t region = of->classes() ? of->region(slot, s.C) : 0;
+      atomicAdd(s.histogram + (label * s.C + region) * bins + i % bins, Count(histogram[i]));
     }
   }
 }

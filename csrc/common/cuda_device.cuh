@@ -115,10 +115,10 @@ class CudaCall {
 #endif
 };
 
-// Blocks for one launch along x, of which there can be 2^31 - 1; kernels take more tasks than that in strides.
+// Blocks of one launch along x.
 inline dim3 grid_of(int64_t blocks) {
-  const int64_t most = 2147483647;
-  return dim3(unsigned(blocks < most ? blocks : most));
+  STD_TORCH_CHECK(blocks <= 2147483647, "pssl: a launch of ", blocks, " blocks");
+  return dim3(unsigned(blocks));
 }
 
 // Starts kernel(arguments...) on the call's stream; nothing where the grid is empty. An error names the operator.
