@@ -88,17 +88,20 @@ __global__ void prepare(const __grid_constant__ Sweep<T> s) {
   }
 }
 
-// f(image, tile) for the tiles of a task, by all threads of the block.
-template <class T, class F>
-__device__ void each_tile(const Batch& batch, int64_t task, TileTaps<T>* taps, const F& f) {
+__device__ inline const Image& image_of(const Batch& batch, int64_t task) {
   int i = 0;
   while (i + 1 < batch.count && batch.image[i + 1].first_task <= task) ++i;
-  const Image& image = batch.image[i];
+  return batch.image[i];
+}
+
+// f(tile) for the tiles of a task, by all threads of the block.
+template <class T, class F>
+__device__ void each_tile(const Image& image, int64_t task, TileTaps<T>* taps, const F& f) {
   const int64_t first = (task - image.first_task) * kTaskTiles;
   for (int64_t t = first; t < first + kTaskTiles && t < image.tiles(); ++t) {
     const Tile tile = Tile::at(t, image.truth.size[0], image.truth.size[1]);
     find_taps(tile, &image.cams, 1, taps);
-    f(image, tile);
+    f(tile);
   }
 }
 
@@ -107,7 +110,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
     maxima(const __grid_constant__ Batch batch, const __grid_constant__ Sweep<T> s) {
   PSSL_SHARED(taps, TileTaps<T>);
   PSSL_SHARED(scratch, OrderedBits<T>[kWarp]);
-  each_tile(batch, blockIdx.x, &taps, [&](const Image& image, const Tile& tile) {
+  const Image& image = image_of(batch, blockIdx.x);
+  each_tile(image, blockIdx.x, &taps, [&](const Tile& tile) {
     for (int64_t j = 0; j < image.classes(); ++j) {
       OrderedBits<T> own = 0;
       if (tile.inside()) own = ordered_bits(resized_at_thread(image.cams, taps, 0, j));
@@ -117,14 +121,18 @@ __global__ void __launch_bounds__(Tile::kThreads)
   });
 }
 
-// A pixel's best class and how many thresholds lie below its maximum.
-struct Best {
-  int64_t slot;  // in the image's list of classes
-  int32_t below;
+// What a pixel adds to: the histogram's [label, slot, below], or nothing where the label does not count.
+struct Cell {
+  bool counts;
+  int64_t label, slot;  // slot: in the image's list of classes
+  int32_t below;        // thresholds below the maximum
 };
 
 template <class T>
-__device__ Best best_class(const Sweep<T>& s, const Image& image, const TileTaps<T>& taps) {
+__device__ Cell pixel_cell(const Sweep<T>& s, const Image& image, const TileTaps<T>& taps, const Tile& tile) {
+  if (!tile.inside()) return {false, 0, 0, 0};
+  const int64_t label = image.truth.integer(tile.y(), tile.x());
+  if (label == s.ignore || label < 0 || label >= s.C) return {false, 0, 0, 0};
   T best = -std::numeric_limits<T>::infinity();
   int64_t slot = 0, region = 0;
   for (int64_t j = 0; j < image.classes(); ++j) {
@@ -135,48 +143,39 @@ __device__ Best best_class(const Sweep<T>& s, const Image& image, const TileTaps
     // ties: the lowest region number
     if (beats(value, best) || (value == best && number < region)) best = value, slot = j, region = number;
   }
-  return {slot, thresholds_below(s.ordered, int32_t(s.thresholds), best)};
+  return {true, label, slot, thresholds_below(s.ordered, int32_t(s.thresholds), best)};
 }
 
+template <class T>
+__device__ void add_to_all(const Sweep<T>& s, const Image& image, int64_t label, int64_t slot, int64_t below,
+                           Count n) {
+  const int64_t region = image.classes() ? image.region(slot, s.C) : 0;
+  atomicAdd(s.histogram + (label * s.C + region) * s.bins() + below, n);
+}
+
+// kShared: a block counts for itself first, in [C, slots, bins] of its image.
 template <class T, bool kShared>
 __global__ void __launch_bounds__(Tile::kThreads)
     count(const __grid_constant__ Batch batch, const __grid_constant__ Sweep<T> s) {
   PSSL_SHARED(taps, TileTaps<T>);
-  const int64_t bins = s.bins();
+  const Image& image = image_of(batch, blockIdx.x);
   if constexpr (!kShared) {
-    each_tile(batch, blockIdx.x, &taps, [&](const Image& image, const Tile& tile) {
-      if (!tile.inside()) return;
-      const int64_t label = image.truth.integer(tile.y(), tile.x());
-      if (label == s.ignore || label < 0 || label >= s.C) return;
-      const Best best = best_class(s, image, taps);
-      const int64_t region = image.classes() ? image.region(best.slot, s.C) : 0;
-      atomicAdd(s.histogram + (label * s.C + region) * bins + best.below, Count(1));
+    each_tile(image, blockIdx.x, &taps, [&](const Tile& tile) {
+      const Cell cell = pixel_cell(s, image, taps, tile);
+      if (cell.counts) add_to_all(s, image, cell.label, cell.slot, cell.below, 1);
     });
   } else {
-    PSSL_DYNAMIC_SHARED(unsigned, histogram);  // [C, slots, bins] of the task's image
-    const Image* of = nullptr;
-    int64_t size = 0, slots = 1;
-    each_tile(batch, blockIdx.x, &taps, [&](const Image& image, const Tile& tile) {
-      if (!of) {
-        of = &image;
-        slots = image.classes() ? image.classes() : 1;
-        size = s.C * slots * bins;
-        for (int64_t i = block_thread(); i < size; i += Tile::kThreads) histogram[i] = 0;
-        __syncthreads();
-      }
-      if (!tile.inside()) return;
-      const int64_t label = image.truth.integer(tile.y(), tile.x());
-      if (label == s.ignore || label < 0 || label >= s.C) return;
-      const Best best = best_class(s, image, taps);
-      atomicAdd(histogram + (label * slots + best.slot) * bins + best.below, 1u);
+    PSSL_DYNAMIC_SHARED(unsigned, histogram);
+    const int64_t bins = s.bins(), slots = image.classes() ? image.classes() : 1, size = s.C * slots * bins;
+    for (int64_t i = block_thread(); i < size; i += Tile::kThreads) histogram[i] = 0;
+    __syncthreads();
+    each_tile(image, blockIdx.x, &taps, [&](const Tile& tile) {
+      const Cell cell = pixel_cell(s, image, taps, tile);
+      if (cell.counts) atomicAdd(histogram + (cell.label * slots + cell.slot) * bins + cell.below, 1u);
     });
     __syncthreads();
-    for (int64_t i = block_thread(); i < size; i += Tile::kThreads) {
-      if (histogram[i] == 0) continue;
-      const int64_t label = i / bins / slots, slot = i / bins % slots;
-      const int64_t region = of->classes() ? of->region(slot, s.C) : 0;
-      atomicAdd(s.histogram + (label * s.C + region) * bins + i % bins, Count(histogram[i]));
-    }
+    for (int64_t i = block_thread(); i < size; i += Tile::kThreads)
+      if (histogram[i]) add_to_all(s, image, i / bins / slots, i / bins % slots, i % bins, histogram[i]);
   }
 }
 

@@ -32,22 +32,43 @@ def sanitized() -> bool:
     return os.environ.get("PSSL_SANITIZE", "1") != "0"
 
 
-def build(folder: Path | None = None, sources: list[Path] | None = None) -> Path:
-    """The module's path; compiles what has changed since the last time. ``sources``: other .cu files than csrc's."""
+def build(folder: Path | None = None) -> Path:
+    """The module's path; compiles what has changed since the last time."""
     torch = pssl_backend.find_torch()
     folder = folder or ROOT / "build" / ("cuda_on_cpu" if sanitized() else "cuda_on_cpu-plain")
     folder.mkdir(parents=True, exist_ok=True)
     native.write_if_changed(folder / "pssl_build_config.h", native.build_config("tests", torch, None))
     output = folder / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
-    native.write_if_changed(folder / "build.ninja", _plan(output, torch, folder, sources))
+    native.write_if_changed(folder / "build.ninja", _plan(output, torch, folder))
     native.run_ninja(folder)
     return output
 
 
-def _plan(output: Path, torch: pssl_backend.Torch, folder: Path, sources: list[Path] | None) -> str:
+def build_program(source: str, output: Path) -> Path:
+    """A program of one file of this folder, always with the sanitizers."""
+    torch = pssl_backend.find_torch()
+    libraries = [*native.torch_libraries(torch), f"-Wl,-rpath,{torch.directory / 'lib'}"]
+    command = [
+        *native.find_cxx(),
+        *_flags(torch),
+        *SANITIZERS,
+        str(HERE / source),
+        "-o",
+        str(output),
+        *libraries,
+    ]
+    subprocess.run(command, check=True)
+    return output
+
+
+def _flags(torch: pssl_backend.Torch) -> list[str]:
+    return [*native.common_flags(torch), *FLAGS, *WARNINGS, "-DPSSL_CUDA_ON_CPU", f"-I{HERE}"]
+
+
+def _plan(output: Path, torch: pssl_backend.Torch, folder: Path) -> str:
     cxx = native.find_cxx()
     sanitizers = SANITIZERS if sanitized() else []
-    flags = [*native.common_flags(torch), *FLAGS, *WARNINGS, *sanitizers, "-DPSSL_CUDA_ON_CPU", f"-I{HERE}"]
+    flags = [*_flags(torch), *sanitizers]
     lines = [
         "ninja_required_version = 1.5",
         f"rule cxx\n  command = {native.shell([*cxx, *flags])} $flags -MMD -MF $out.d -x c++ -c $in -o $out",
@@ -61,7 +82,7 @@ def _plan(output: Path, torch: pssl_backend.Torch, folder: Path, sources: list[P
 
     compile_to("module.o", ROOT / "csrc/module.cpp", native.module_flags(folder))
     compile_to("simd.o", ROOT / "csrc/common/simd.cpp", [])
-    for source in sorted((ROOT / "csrc").glob("*_cuda.cu")) if sources is None else sources:
+    for source in sorted((ROOT / "csrc").glob("*_cuda.cu")):
         compile_to(f"{source.stem}.o", source, native.operator_flags("cxx", source))
     link = native.shell([*cxx, "-shared", *sanitizers]) + " $in -o $out "
     lines.append(f"rule link\n  command = {link}{native.shell(native.torch_libraries(torch))}")

@@ -290,8 +290,7 @@ class Block {
     int votes = 0;
     try {
       for (const Thread& t : threads_) {
-        if (t.state == State::in_collective)
-          fail("deadlock: a thread waits in a warp collective for lanes that never come", t.where);
+        if (t.state == State::in_collective) fail_waiting(t);
         if (t.state != State::at_barrier) continue;
         if (first && (t.where.line() != first->where.line() || t.where.column() != first->where.column()))
           fail("divergent barrier: threads wait at " + place(first->where) + " and at " + place(t.where));
@@ -313,6 +312,16 @@ class Block {
     }
   }
 
+  [[noreturn]] void fail_waiting(const Thread& t) {
+    each_lane(t, [&](const Thread& other) {
+      if (other.state == State::returned)
+        fail("warp collective: the mask names a lane that has returned", t.where);
+      if (other.state == State::in_collective && !together(other, t))
+        fail("warp collective: lanes disagree on the mask or the operation", t.where);
+    });
+    fail("deadlock: a thread waits in a warp collective for lanes that never come", t.where);
+  }
+
   template <class F>
   void each_lane(const Thread& of, const F& f) {
     for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -323,17 +332,17 @@ class Block {
     }
   }
 
+  static bool together(const Thread& a, const Thread& b) {
+    return a.state == State::in_collective && a.mask == b.mask && a.collective == b.collective;
+  }
+
+  // Lanes that wait in another collective are still to come here: only if nobody can run any more do they disagree.
   bool all_arrived(const Thread& t, const Where& where) {
     bool all = true;
     each_lane(t, [&](const Thread& other) {
-      if (&other == &t) return;
       if (other.state == State::returned)
         fail("warp collective: the mask names a lane that has returned", where);
-      if (other.state != State::in_collective) {
-        all = false;
-      } else if (other.mask != t.mask || other.collective != t.collective) {
-        fail("warp collective: lanes disagree on the mask or the operation", where);
-      }
+      if (&other != &t && !together(other, t)) all = false;
     });
     return all;
   }
