@@ -30,6 +30,9 @@ SIMD_FLAGS = {
 # liberties; -ffast-math would let NaN, infinities and the order of sums go.
 OPTIMISE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
+# Error texts carry __FILE__: without the map they would carry this machine's folders, and differ between builds.
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
+
 # Operators that share csrc/common/stepwise.h: where results are compared with thresholds, they repeat their references'
 # roundings one by one.
 STEPWISE = ("cam_compare", "cam_regions", "cam_sweep")
@@ -132,20 +135,30 @@ def torch_libraries(torch: Torch) -> list[str]:
     return [folder, "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
 
 
+def warnings_are_errors() -> bool:
+    return os.environ.get("PSSL_WERROR") == "1"
+
+
+def nvcc_command(cuda: Cuda, torch: Torch) -> list[str]:
+    """What every .cu file is compiled with."""
+    command = [cuda.nvcc, *common_flags(torch), "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+    command += architecture_flags(cuda.architectures)
+    command += ["-Xcompiler=" + ",".join(HOST_FLAGS), "--threads", os.environ.get("NVCC_THREADS", "2")]
+    command += ["-ccbin", find_cxx()[-1]] if "CXX" in os.environ else []
+    command += ["-Werror", "all-warnings"] if warnings_are_errors() else []
+    return command
+
+
+def cuda_libraries(cuda: Cuda) -> list[str]:
+    return [f"-L{cuda.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
 def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> str:
     """The build plan as text."""
     cxx = find_cxx()
-    common = common_flags(torch)
-    # Error texts carry __FILE__: without the map they would carry this machine's folders, and differ between builds.
-    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
-    strict = os.environ.get("PSSL_WERROR") == "1"
-    cxxflags = (
-        common
-        + OPTIMISE
-        + host
-        + (["-Werror"] if strict else [])
-        + shlex.split(os.environ.get("CXXFLAGS", ""))
-    )
+    cxxflags = [*common_flags(torch), *OPTIMISE, *HOST_FLAGS]
+    cxxflags += ["-Werror"] if warnings_are_errors() else []
+    cxxflags += shlex.split(os.environ.get("CXXFLAGS", ""))
     lines = [
         "ninja_required_version = 1.5",
         f"rule cxx\n  command = {shell([*cxx, *cxxflags])} $flags -MMD -MF $out.d -c $in -o $out",
@@ -170,22 +183,12 @@ def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> 
 
     libraries = torch_libraries(torch)
     if cuda:
-        nvcc = [
-            cuda.nvcc,
-            *common,
-            "-O3",
-            "-DUSE_CUDA",
-            "--expt-relaxed-constexpr",
-            *architecture_flags(cuda.architectures),
-        ]
-        nvcc += ["-Xcompiler=" + ",".join(host), "--threads", os.environ.get("NVCC_THREADS", "2")]
-        nvcc += ["-ccbin", cxx[-1]] if "CXX" in os.environ else []
-        nvcc += ["-Werror", "all-warnings"] if strict else []
+        nvcc = nvcc_command(cuda, torch)
         lines.append(f"rule nvcc\n  command = {shell(nvcc)} $flags -MD -MF $out.d -c $in -o $out")
         lines.append("  depfile = $out.d\n  deps = gcc\n  description = $in")
         for source in sorted((ROOT / "csrc").glob("*_cuda.cu")):
             compile_to(f"cuda/{source.stem}.o", "nvcc", source, operator_flags("nvcc", source))
-        libraries += [f"-L{cuda.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        libraries += cuda_libraries(cuda)
     link = (
         shell([*cxx, "-shared"])
         + " $in -o $out "

@@ -102,6 +102,10 @@ def environment() -> dict[str, str]:
     return variables
 
 
+def sanitizers_found() -> bool:
+    return all(_library(name).startswith("/") for name in ("libasan.so", "libubsan.so"))
+
+
 def _library(name: str) -> str:
     command = [*native.find_cxx(), f"-print-file-name={name}"]
     return str(
