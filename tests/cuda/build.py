@@ -1,10 +1,11 @@
 """Compiles csrc/*_cuda.cu by g++ into an extension module whose CUDA kernels run on the CPU (cuda_on_cpu.h).
 
-    python tests/cuda/build.py [FOLDER]      prints the module's path; FOLDER: build/cuda_on_cpu
-    PSSL_SANITIZE=0 python ...               without sanitizers: three times faster, and it loads without LD_PRELOAD
+    python tests/cuda/build.py                   prints the module's path, in build/
+    python tests/cuda/build.py --environment     prints what a process needs to import it, as NAME=VALUE
+    PSSL_SANITIZE=0 python ...                   without sanitizers: three times faster, and nothing to preload
 
 The module is another pssl_ext._C: module.cpp as ever, and instead of the C++ kernels the CUDA ones, registered for CPU
-tensors. `environment` is what a process needs to import it.
+tensors.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def sanitized() -> bool:
     return os.environ.get("PSSL_SANITIZE", "1") != "0"
 
 
-def build(folder: Path | None = None) -> Path:
+def build() -> Path:
     """The module's path; compiles what has changed since the last time."""
     torch = pssl_backend.find_torch()
-    folder = folder or ROOT / "build" / ("cuda_on_cpu" if sanitized() else "cuda_on_cpu-plain")
+    folder = ROOT / "build" / ("cuda_on_cpu" if sanitized() else "cuda_on_cpu-plain")
     folder.mkdir(parents=True, exist_ok=True)
     native.write_if_changed(folder / "pssl_build_config.h", native.build_config("tests", torch, None))
     output = folder / ("_C" + importlib.machinery.EXTENSION_SUFFIXES[0])
@@ -93,11 +94,11 @@ def _plan(output: Path, torch: pssl_backend.Torch, folder: Path) -> str:
 
 def environment() -> dict[str, str]:
     """The variables under which a process can import the module, and under which it looks closely."""
-    variables = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", PYTHONPATH=str(HERE))
+    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(HERE)}
     if sanitized():
         # libstdc++ beside libasan: or AddressSanitizer does not find the function that throws exceptions
-        variables["LD_PRELOAD"] = " ".join(_library(name) for name in ("libasan.so", "libstdc++.so"))
-        variables["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1"
+        variables["LD_PRELOAD"] = ":".join(_library(name) for name in ("libasan.so", "libstdc++.so"))
+        variables["ASAN_OPTIONS"] = "detect_leaks=0:allocator_may_return_null=1"
         variables["UBSAN_OPTIONS"] = "print_stacktrace=1"
     return variables
 
@@ -114,4 +115,7 @@ def _library(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1]) if len(sys.argv) > 1 else None))
+    if sys.argv[1:] == ["--environment"]:
+        print("\n".join(f"{name}={value}" for name, value in environment().items()))
+    else:
+        print(build())

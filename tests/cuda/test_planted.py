@@ -1,5 +1,6 @@
 """The machinery that runs CUDA kernels on the CPU: a kernel with a planted fault does not get past it."""
 
+import os
 import re
 import subprocess
 
@@ -24,12 +25,12 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def planted(needed, tmp_path_factory):
     """Runs planted.cpp's kernel with a fault: (exit status, what it printed)."""
     program = build.build_program("planted.cpp", tmp_path_factory.mktemp("planted") / "planted")
 
     def run(fault: str, seed: int = 1) -> tuple[int, str]:
-        variables = dict(build.environment(), PSSL_CUDA_ON_CPU_SEED=str(seed), LD_PRELOAD="")
+        variables = dict(os.environ, PSSL_CUDA_ON_CPU_SEED=str(seed), ASAN_OPTIONS="detect_leaks=0")
         found = subprocess.run([program, fault], capture_output=True, text=True, env=variables, check=False)
         return found.returncode, found.stdout + found.stderr
 
