@@ -167,7 +167,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   } else {
     PSSL_DYNAMIC_SHARED(unsigned, histogram);
     const int64_t bins = s.bins(), slots = image.classes() ? image.classes() : 1, size = s.C * slots * bins;
-    for (int64_t i = block_thread(); i < size; i += Tile::kThreads) histogram[i] = 0;  // find_taps has a barrier
+    for (int64_t i = block_thread(); i < size; i += Tile::kThreads)
+      histogram[i] = 0;  // find_taps has a barrier
     each_tile(image, blockIdx.x, &taps, [&](const Tile& tile) {
       const Cell cell = pixel_cell(s, image, taps, tile);
       if (cell.counts) atomicAdd(histogram + (cell.label * slots + cell.slot) * bins + cell.below, 1u);
