@@ -91,6 +91,7 @@ class CudaCall {
 #endif
   {
 #ifndef PSSL_CUDA_ON_CPU
+    cudaSetDevice(on.get_device_index());  // this library links a runtime of its own, beside torch's
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);

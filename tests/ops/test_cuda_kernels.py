@@ -1,6 +1,5 @@
-"""Labels out of range where kernels cannot raise: on a GPU, whose results nobody waits for, they count as ignored.
-
-On the CPU the kernels raise (test_op_errors.py), so there is nothing to run here but where the CUDA kernels are.
+"""What the CUDA kernels do otherwise than those on the CPU: they cannot raise for the values they find, and the lists
+that they take have to fit into a launch. Nothing to run where neither a GPU nor its stand-in is (tests/cuda).
 """
 
 import sys
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from pssl_ext.registry import OPS
-from pssl_ext.testing import assert_same_bits, run
+from pssl_ext.testing import assert_same_bits, check_args, run
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else []
 DEVICES += ["cpu"] if "cuda_on_cpu" in sys.modules else []
@@ -44,13 +43,18 @@ def arguments(op, regions):
     return dict(features=features, regions=regions)
 
 
+def native(op, **args):
+    return run(OPS[op], args, "native")
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", ["cam_sweep", "prototype_pool", "prototype_contrast"])
 def test_a_label_out_of_range_is_ignored(op, device, dtype, monkeypatch):
+    """No result may wait for the device, so a label that is none counts as ignored, forward and backward."""
     monkeypatch.delenv("PSSL_DEBUG", raising=False)
     more = dict(ignore_index=127) | ({} if op == "prototype_contrast" else dict(num_regions=3))
-    sound, bad = (run(OPS[op], arguments(op, regions) | more, "native") for regions in labels(dtype, device))
+    sound, bad = (native(op, **arguments(op, regions), **more) for regions in labels(dtype, device))
     assert_same_bits(bad, sound, op)
 
 
@@ -63,6 +67,37 @@ def test_cam_sweep_leaves_out_a_class_out_of_range(device, wrong, monkeypatch):
     truth = torch.randint(0, 3, (9, 11), generator=g).to(device)
     more = dict(ground_truth=truth, thresholds=[0.3, 0.6], num_regions=3)
     ids = torch.tensor([1, wrong, 2], device=device)
-    got = run(OPS["cam_sweep"], dict(cams=cams, class_ids=ids, **more), "native")
-    expected = run(OPS["cam_sweep"], dict(cams=cams[::2], class_ids=ids[::2], **more), "native")
+    got = native("cam_sweep", cams=cams, class_ids=ids, **more)
+    expected = native("cam_sweep", cams=cams[::2], class_ids=ids[::2], **more)
     assert_same_bits(got, expected, "cam_sweep")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_cam_sweep_takes_more_images_than_a_launch(device, normalize):
+    g = torch.Generator().manual_seed(10)
+    sizes = [(1 + i % 7, 1 + i % 5) for i in range(150)]
+    args = dict(
+        cams=[torch.rand(1 + i % 3, 2, 3, generator=g).to(device) for i in range(150)],
+        class_ids=[torch.randperm(3, generator=g)[: 1 + i % 3].add(1).to(device) for i in range(150)],
+        ground_truth=[torch.randint(0, 4, size, generator=g).to(device) for size in sizes],
+    )
+    more = dict(thresholds=[0.7, 0.2, 0.4], num_regions=4, normalize=normalize)
+    got = native("cam_sweep", **args, **more)
+    assert_same_bits(got, run(OPS["cam_sweep"], args | more, "reference"), "cam_sweep")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_as_many_maps_as_a_launch_takes(device):
+    g = torch.Generator().manual_seed(11)
+    maps = [torch.rand(1, 2, 1 + i % 4, 2 + i % 3, generator=g).to(device) for i in range(25)]
+    more = dict(image_labels=torch.ones(1, 2, device=device), size=(5, 6))
+    check_args(OPS["cam_regions"], dict(cams=maps[:24], **more), "native", "cam_regions, 24 maps")
+    check_args(
+        OPS["cam_compare"], dict(main=maps[:3], support=maps[3:24], **more), "native", "cam_compare, 24 maps"
+    )
+    words = "the CUDA kernel takes at most 24 maps in all, got 25"
+    with pytest.raises(RuntimeError, match=f"cam_regions: cams: {words}"):
+        native("cam_regions", cams=maps, **more)
+    with pytest.raises(RuntimeError, match=f"cam_compare: support: {words}"):
+        native("cam_compare", main=maps[:3], support=maps[3:], **more)
