@@ -13,9 +13,9 @@ TORCH ?= $(shell sed -n 's/^torch-when-absent = "\(.*\)"/\1/p' pyproject.toml)
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/* csrc/*/*)
-CXX_SOURCES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: train test env install lint format clean
+.PHONY: train test env install lint format cuda-resources clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -33,12 +33,16 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
-	$(BIN)/codespell $(shell git ls-files -- '*.py' '*.md' '*.toml' '*.h' '*.cpp' '*.cu' Makefile .ci/run)
+	$(BIN)/codespell $(shell git ls-files -- '*.py' '*.md' '*.toml' '*.h' '*.cpp' '*.cu' '*.cuh' Makefile .ci/run)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+# What the CUDA kernels take on every architecture; compiles them all, and needs nvcc but no GPU.
+cuda-resources: $(VENV)/.installed-dev
+	$(BIN)/python build_tools/cuda_resources.py
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) pssl_ext/_build.json

@@ -30,10 +30,16 @@ SIMD_FLAGS = {
 # liberties; -ffast-math would let NaN, infinities and the order of sums go.
 OPTIMISE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
-# Files that share csrc/common/stepwise.h: where results are compared with thresholds, they repeat their references'
+# Error texts carry __FILE__: without the map they would carry this machine's folders, and differ between builds.
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
+
+# Operators that share csrc/common/stepwise.h: where results are compared with thresholds, they repeat their references'
 # roundings one by one.
-STEPWISE = ("cam_compare_cpu", "cam_regions_cpu", "cam_sweep_cpu")
-STEPWISE_FLAGS = ["-ffp-contract=off", "-DPSSL_STEPWISE"]
+STEPWISE = ("cam_compare", "cam_regions", "cam_sweep")
+STEPWISE_FLAGS = {
+    "cxx": ["-ffp-contract=off", "-DPSSL_STEPWISE"],
+    "nvcc": ["-fmad=false", "-DPSSL_STEPWISE"],
+}
 
 
 def find_cxx() -> list[str]:
@@ -70,6 +76,11 @@ def simd_levels() -> list[str]:
     return list(SIMD_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
 
 
+def operator_flags(rule: str, source: Path) -> list[str]:
+    """What a file <operator>_cpu.cpp or <operator>_cuda.cu is compiled with for its operator's sake."""
+    return STEPWISE_FLAGS[rule] if source.stem.rpartition("_")[0] in STEPWISE else []
+
+
 def torch_target() -> str:
     """TORCH_TARGET_VERSION for the oldest torch supported: the headers then use nothing that it lacks."""
     major, minor = torch_minimum()
@@ -99,26 +110,55 @@ def ninja_path(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> str:
-    """The build plan as text."""
-    cxx = find_cxx()
-    common = [
+def common_flags(torch: Torch) -> list[str]:
+    """What every source file is compiled with, whatever the compiler."""
+    return [
         "-std=c++20",
         f"-DTORCH_TARGET_VERSION={torch_target()}",
         "-DTORCH_STABLE_ONLY",
         f"-I{ROOT / 'csrc'}",
+        *("-isystem", str(torch.directory / "include")),
     ]
-    common += ["-isystem", str(torch.directory / "include")]
-    # Error texts carry __FILE__: without the map they would carry this machine's folders, and differ between builds.
-    host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
-    strict = os.environ.get("PSSL_WERROR") == "1"
-    cxxflags = (
-        common
-        + OPTIMISE
-        + host
-        + (["-Werror"] if strict else [])
-        + shlex.split(os.environ.get("CXXFLAGS", ""))
-    )
+
+
+def module_flags(folder: Path) -> list[str]:
+    """What module.cpp needs beside: pybind11, Python, and the configuration in `folder`."""
+    pybind = pybind11_include()
+    flags = ["-isystem", str(pybind)] if pybind else []
+    return [*flags, "-isystem", sysconfig.get_path("include"), f"-I{folder}"]
+
+
+def torch_libraries(torch: Torch) -> list[str]:
+    """libtorch.so has to stay among the needed libraries although nothing is used from it directly: it brings in
+    libtorch_cuda, which the CUDA sources' weak symbols bind to in a CUDA torch."""
+    folder = f"-L{torch.directory / 'lib'}"
+    return [folder, "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+
+
+def warnings_are_errors() -> bool:
+    return os.environ.get("PSSL_WERROR") == "1"
+
+
+def nvcc_command(cuda: Cuda, torch: Torch) -> list[str]:
+    """What every .cu file is compiled with."""
+    command = [cuda.nvcc, *common_flags(torch), "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+    command += architecture_flags(cuda.architectures)
+    command += ["-Xcompiler=" + ",".join(HOST_FLAGS), "--threads", os.environ.get("NVCC_THREADS", "2")]
+    command += ["-ccbin", find_cxx()[-1]] if "CXX" in os.environ else []
+    command += ["-Werror", "all-warnings"] if warnings_are_errors() else []
+    return command
+
+
+def cuda_libraries(cuda: Cuda) -> list[str]:
+    return [f"-L{cuda.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> str:
+    """The build plan as text."""
+    cxx = find_cxx()
+    cxxflags = [*common_flags(torch), *OPTIMISE, *HOST_FLAGS]
+    cxxflags += ["-Werror"] if warnings_are_errors() else []
+    cxxflags += shlex.split(os.environ.get("CXXFLAGS", ""))
     lines = [
         "ninja_required_version = 1.5",
         f"rule cxx\n  command = {shell([*cxx, *cxxflags])} $flags -MMD -MF $out.d -c $in -o $out",
@@ -132,45 +172,23 @@ def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> 
 
     # The order of `built` is the order of linking, and of one inline function found in several objects the linker
     # keeps the first: baseline comes before avx2 and avx512, or shared code could run instructions the CPU lacks.
-    pybind = pybind11_include()
-    module_flags = ["-isystem", str(pybind)] if pybind else []
-    module_flags += ["-isystem", sysconfig.get_path("include"), f"-I{objects}"]
-    compile_to("module.o", "cxx", ROOT / "csrc/module.cpp", module_flags)
+    compile_to("module.o", "cxx", ROOT / "csrc/module.cpp", module_flags(objects))
     for source in sorted((ROOT / "csrc/common").glob("*.cpp")):
         compile_to(f"common/{source.stem}.o", "cxx", source, [])
     for level in simd_levels():
         for source in sorted((ROOT / "csrc").glob("*_cpu.cpp")):
             flags = [f"-DPSSL_SIMD={level}", *SIMD_FLAGS[level]]
-            flags += STEPWISE_FLAGS if source.stem in STEPWISE else []
+            flags += operator_flags("cxx", source)
             compile_to(f"{level}/{source.stem}.o", "cxx", source, flags, f"({level})")
 
-    # libtorch.so has to stay among the needed libraries although nothing is used from it directly: it brings in
-    # libtorch_cuda, which the CUDA sources' weak symbols bind to in a CUDA torch.
-    libraries = [
-        f"-L{torch.directory / 'lib'}",
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-Wl,--as-needed",
-        "-ltorch_cpu",
-    ]
-    libraries += ["-lc10"]
+    libraries = torch_libraries(torch)
     if cuda:
-        nvcc = [
-            cuda.nvcc,
-            *common,
-            "-O3",
-            "-DUSE_CUDA",
-            "--expt-relaxed-constexpr",
-            *architecture_flags(cuda.architectures),
-        ]
-        nvcc += ["-Xcompiler=" + ",".join(host), "--threads", os.environ.get("NVCC_THREADS", "2")]
-        nvcc += ["-ccbin", cxx[-1]] if "CXX" in os.environ else []
-        nvcc += ["-Werror", "all-warnings"] if strict else []
+        nvcc = nvcc_command(cuda, torch)
         lines.append(f"rule nvcc\n  command = {shell(nvcc)} $flags -MD -MF $out.d -c $in -o $out")
         lines.append("  depfile = $out.d\n  deps = gcc\n  description = $in")
         for source in sorted((ROOT / "csrc").glob("*_cuda.cu")):
-            compile_to(f"cuda/{source.stem}.o", "nvcc", source, [])
-        libraries += [f"-L{cuda.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            compile_to(f"cuda/{source.stem}.o", "nvcc", source, operator_flags("nvcc", source))
+        libraries += cuda_libraries(cuda)
     link = (
         shell([*cxx, "-shared"])
         + " $in -o $out "

@@ -74,8 +74,8 @@ class ClassRows {
     }
     for (int64_t s = 0; s < S; ++s)
       for (int64_t t = 0; t < supports; ++t) {
-        const double w = cam_attention(products[s * supports + t], squares[s], squares[S + t]);
-        share_[s * supports + t] = T(w / double(supports));
+        const double product = products[s * supports + t];
+        share_[s * supports + t] = T(cam_share(product, squares[s], squares[S + t], supports));
       }
   }
 
@@ -86,7 +86,7 @@ class ClassRows {
       read(y);
       for (int64_t s = 0; s < maps_.S; ++s) {
         Vec<T> line = {};
-        each_difference(s, [&](int64_t, Vec<T> d) { line += d < T(0) ? -d : d; });
+        each_difference(s, [&](int64_t, Vec<T> d) { line += magnitude(d); });
         sum += lane_sum<T>(line);
       }
     }
@@ -101,9 +101,7 @@ class ClassRows {
       read(y);
       for (int64_t s = 0; s < S; ++s)
         each_difference(s, [&](int64_t x, Vec<T> d) {
-          // 0 at 0; NaN stays
-          const Vec<T> sign = d > T(0) ? splat<T>(grad) : d < T(0) ? splat<T>(-grad) : d;
-          store<T>(&difference_[s * maps_.padded + x], sign);
+          store<T>(&difference_[s * maps_.padded + x], magnitude_gradient(d, splat<T>(grad)));
         });
       for (int64_t t = 0; t < supports && needs[1]; ++t) {
         T* support = row(S + t);
@@ -111,15 +109,15 @@ class ClassRows {
           Vec<T> sum = {};
           for (int64_t s = 0; s < S; ++s)
             sum -= share_[s * supports + t] * load<T>(&difference_[s * maps_.padded + x]);
-          store<T>(support + x, load<T>(support + x) <= T(0) ? Vec<T>{} : sum);
+          store<T>(support + x, relu_gradient(load<T>(support + x), sum));
         }
         add_adjoint(S + t, y, support, cells);
       }
       for (int64_t s = 0; s < S && needs[0]; ++s) {
         T* main = row(s);
         for (int64_t x = 0; x < maps_.padded; x += kLanes<T>) {
-          const Vec<T> sign = load<T>(&difference_[s * maps_.padded + x]);
-          store<T>(main + x, load<T>(main + x) <= T(0) ? Vec<T>{} : sign);
+          const Vec<T> gradient = load<T>(&difference_[s * maps_.padded + x]);
+          store<T>(main + x, relu_gradient(load<T>(main + x), gradient));
         }
         add_adjoint(s, y, main, cells);
       }
@@ -166,9 +164,8 @@ std::vector<std::pair<int64_t, int64_t>> present_pairs(const Tensor& image_label
 
 void check(const std::vector<Tensor>& main, const std::vector<Tensor>& support, const Tensor& image_labels,
            int64_t height, int64_t width) {
-  check_maps(kOp, "main", main, image_labels);
-  check_maps(kOp, "support", support, image_labels);
-  STD_TORCH_CHECK(height >= 1 && width >= 1, kOp, ": size must be at least 1 by 1");
+  check_maps(kOp, "main", main, image_labels, height, width);
+  check_maps(kOp, "support", support, image_labels, height, width);
 }
 
 template <class F>

@@ -2,6 +2,7 @@
 // the scales row by row. Absent classes are not read.
 #include <deque>
 
+#include "cam_regions.h"
 #include "common/image_classes.h"
 #include "common/resize_cpu.h"
 
@@ -37,10 +38,8 @@ class Regions {
         keep_best(s.sum.get(), W_, int32_t(k), s.best.get(), s.index.get());
       }
       uint8_t* labels = out + (b * H_ + y) * W_;
-      for (int64_t x = 0; x < W_; ++x) {
-        const uint8_t unsure = s.best[x] < background ? 0 : ignore;
-        labels[x] = s.best[x] >= foreground ? uint8_t(s.index[x] + 1) : unsure;
-      }
+      for (int64_t x = 0; x < W_; ++x)
+        labels[x] = region_label(s.best[x], s.index[x], foreground, background, ignore);
     });
     return result;
   }
@@ -98,9 +97,8 @@ class Regions {
 
 Tensor cam_regions_cpu(const std::vector<Tensor>& cams, const Tensor& image_labels, int64_t height,
                        int64_t width, double foreground, double background, int64_t ignore_index) {
-  check_maps(kOp, "cams", cams, image_labels);
-  STD_TORCH_CHECK(height >= 1 && width >= 1, kOp, ": size must be at least 1 by 1");
-  STD_TORCH_CHECK(image_labels.size(1) <= 254, kOp, ": cams must be of at most 254 classes");
+  check_maps(kOp, "cams", cams, image_labels, height, width);
+  STD_TORCH_CHECK(image_labels.size(1) <= kMostRegionClasses, kOp, ": cams must be of at most 254 classes");
   return with_accumulation({accumulation_of(cams)}, [&](auto zero) {
     using T = decltype(zero);
     return Regions<T>(cams, image_labels, height, width)

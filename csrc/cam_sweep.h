@@ -45,4 +45,11 @@ PSSL_HD inline int32_t thresholds_below(int32_t cell, const int32_t* first, cons
   return begin;
 }
 
+// The same without cells: `ordered` holds `count` thresholds, ascending.
+template <class T>
+PSSL_HD inline int32_t thresholds_below(const T* ordered, int32_t count, T value) {
+  const int32_t first[] = {0, count};
+  return thresholds_below<false>(0, first, ordered, value);
+}
+
 }  // namespace pssl

@@ -299,17 +299,7 @@ class Sweep {
 Tensor cam_sweep_cpu(const std::vector<Tensor>& cams, const std::vector<Tensor>& class_ids,
                      const std::vector<Tensor>& ground_truth, const Tensor& thresholds, int64_t num_regions,
                      bool normalize, int64_t ignore_index) {
-  STD_TORCH_CHECK(cams.size() == class_ids.size() && cams.size() == ground_truth.size(), kOp,
-                  ": cams, class_ids and ground_truth must be lists of one length");
-  STD_TORCH_CHECK(thresholds.dim() == 1 && num_regions >= 1, kOp,
-                  ": thresholds must be [T], num_regions at least 1");
-  for (size_t i = 0; i < cams.size(); ++i) {
-    STD_TORCH_CHECK(cams[i].dim() == 3 && class_ids[i].dim() == 1 && ground_truth[i].dim() == 2 &&
-                        class_ids[i].size(0) == cams[i].size(0),
-                    kOp, ": cams must be [k,h,w], class_ids [k], ground_truth [H,W]");
-    STD_TORCH_CHECK(cams[i].numel() > 0 || cams[i].size(0) == 0 || ground_truth[i].numel() == 0, kOp,
-                    ": cams have no cells");
-  }
+  check_images(kOp, cams, class_ids, ground_truth, thresholds, num_regions);
   return with_accumulation({thresholds.scalar_type()}, [&](auto zero) {
     return Sweep<decltype(zero)>(cams, class_ids, ground_truth, thresholds, num_regions, normalize,
                                  ignore_index)

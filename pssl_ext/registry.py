@@ -146,11 +146,11 @@ def call(name: str, backend: str, *args: Any) -> Any:
     """Runs operator ``name`` on schema arguments ``args`` by the backend that ``backend`` chooses."""
     spec = OPS[name]
     device = _device_of(args)
-    if backends.choose(name, backend, device) == "reference":
-        if not torch.compiler.is_compiling():
-            _check_values(spec, device, args)
-        return _without_autocast(spec.reference)(*args)
-    return spec.op(*args)
+    reference = backends.choose(name, backend, device) == "reference"
+    # C++ kernels look for themselves, CUDA kernels cannot raise: PSSL_DEBUG=1 looks for them
+    if not torch.compiler.is_compiling() and (reference or _debug()):
+        _check_values(spec, device, args)
+    return _without_autocast(spec.reference)(*args) if reference else spec.op(*args)
 
 
 # -- the reference as a kernel -----------------------------------------------------------------------------------------
@@ -247,8 +247,12 @@ def _without_autocast(function: Callable) -> Callable:
 
 def _check_values(spec: OpSpec, device: torch.device, args: tuple) -> None:
     """Reading values waits for the device, so only CPU tensors are looked at unless PSSL_DEBUG=1 asks for it."""
-    if spec.check_values is not None and (device.type == "cpu" or os.environ.get("PSSL_DEBUG") == "1"):
+    if spec.check_values is not None and (device.type == "cpu" or _debug()):
         spec.check_values(*args)
+
+
+def _debug() -> bool:
+    return os.environ.get("PSSL_DEBUG") == "1"
 
 
 def _device_of(args: tuple) -> torch.device:

@@ -33,6 +33,20 @@ PSSL_HD inline AxisWeight axis_weight(int64_t out, int64_t in_size, int64_t out_
   return {index, source - double(index)};
 }
 
+// The first output whose index is at least `index`; out_size where there is none. Indices never decrease.
+PSSL_HD inline int64_t first_output(int64_t index, int64_t in_size, int64_t out_size, bool align_corners) {
+  int64_t begin = 0, end = out_size;
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (axis_weight(middle, in_size, out_size, align_corners).index < index) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
 // Identity 1. For two features f0, f1 with squared norms a0, a1 and inner product r,
 // |(1-t) f0 + t f1|^2 = (1-t)^2 a0 + t^2 a1 + 2 t (1-t) r. Applied along y to each column (a: norms, r: lower
 // neighbour) and then along x it gives the squared norm between four cells from five maps on the feature grid.

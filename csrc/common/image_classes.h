@@ -1,6 +1,7 @@
 // The classes that are present in each image of a batch.
 #pragma once
 
+#include "common/cam_maps.h"
 #include "common/tensors.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
@@ -16,23 +17,6 @@ inline std::vector<std::vector<int64_t>> present_classes(const Tensor& image_lab
       if (line[k] != 0) present[b].push_back(k);
   }
   return present;
-}
-
-// double if any of the maps is, else float
-inline ScalarType accumulation_of(const std::vector<Tensor>& maps) {
-  for (const Tensor& t : maps)
-    if (t.scalar_type() == ScalarType::Double) return ScalarType::Double;
-  return ScalarType::Float;
-}
-
-inline void check_maps(const char* op, const char* argument, const std::vector<Tensor>& maps,
-                       const Tensor& image_labels) {
-  STD_TORCH_CHECK(image_labels.dim() == 2, op, ": image_labels must be [B,K]");
-  STD_TORCH_CHECK(!maps.empty(), op, ": ", argument, " must be at least one map");
-  for (const Tensor& t : maps)
-    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == image_labels.size(0) && t.size(1) == image_labels.size(1) &&
-                        (t.numel() > 0 || t.size(0) * t.size(1) == 0),
-                    op, ": ", argument, " must be [B,K,h,w] with at least one cell");
 }
 
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -1,12 +1,11 @@
 // Steps on one row of values, and the rows of a map in tasks for threads.
 #pragma once
 
+#include "common/cam_maps.h"
 #include "common/tensors.h"
 #include "common/vec.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
-
-constexpr double kMaximumEps = 1e-5;  // added to a CAM's maximum before dividing, as in the references
 
 // A map's rows in runs of about kPixels, which a thread takes at a time. Without pixels there is no task.
 struct RowTasks {
@@ -35,9 +34,9 @@ PSSL_NOINLINE T largest_of(const T* values, int64_t n, T top) {
       const Vec<T> next = load<T>(values + i);
       v = (next > v) | (next != next) ? next : v;
     }
-    for (int lane = 0; lane < kLanes<T>; ++lane) top = v[lane] > top || v[lane] != v[lane] ? v[lane] : top;
+    for (int lane = 0; lane < kLanes<T>; ++lane) top = beats(T(v[lane]), top) ? v[lane] : top;
   }
-  for (; i < n; ++i) top = values[i] > top || values[i] != values[i] ? values[i] : top;
+  for (; i < n; ++i) top = beats(values[i], top) ? values[i] : top;
   return top;
 }
 
@@ -46,7 +45,7 @@ template <class T>
 PSSL_NOINLINE void keep_best(const T* __restrict values, int64_t n, int32_t number, T* __restrict best,
                              int32_t* __restrict region) {
   for (int64_t x = 0; x < n; ++x) {
-    const bool better = values[x] > best[x] || values[x] != values[x];
+    const bool better = beats(values[x], best[x]);
     best[x] = better ? values[x] : best[x];
     region[x] = better ? number : region[x];
   }
@@ -58,10 +57,9 @@ PSSL_NOINLINE const T* divide_row(const T* values, int64_t n, T divisor, T* out)
   return out;
 }
 
-// NaN stays, as in torch.relu.
 template <class T>
 PSSL_NOINLINE void relu_row(T* values, int64_t n) {
-  for (int64_t x = 0; x < n; ++x) values[x] = values[x] < T(0) ? T(0) : values[x];
+  for (int64_t x = 0; x < n; ++x) values[x] = relu(values[x]);
 }
 
 template <class T>

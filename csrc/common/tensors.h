@@ -1,14 +1,6 @@
 // Views of tensors for CPU loops: strides, element types, errors.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -18,40 +10,15 @@
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "common/simd.h"
+#include "common/types.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-template <class T>
-constexpr ScalarType scalar_type_of = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-
-// Calls f(S{}) with the C++ type of the elements of a floating tensor.
-template <class F>
-auto with_floating(ScalarType type, const F& f) {
-  switch (type) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Half:
-      return f(Half{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, "pssl: features must be float16, bfloat16, float32 or float64");
-  }
-}
 
 // Compiled once a type: the callers are many and the bodies long.
 #define PSSL_NOINLINE __attribute__((noinline))
@@ -111,14 +78,6 @@ struct Rows {
   }
 };
 
-// Calls f(T{}) with the type in which sums are kept: double if any input is, else float.
-template <class F>
-auto with_accumulation(std::initializer_list<ScalarType> inputs, const F& f) {
-  for (ScalarType type : inputs)
-    if (type == ScalarType::Double) return f(double{});
-  return f(float{});
-}
-
 // Whether the last two dimensions can be read as one row.
 inline bool is_flat_map(const Tensor& t) {
   const int64_t n = t.dim();
@@ -152,18 +111,6 @@ struct FeatureView {
   // The same elements as one row of h·w pixels, where is_flat_map: longer tiles.
   FeatureView flat() const { return {data, type, B, D, 1, h * w, sb, sd, h * w * sx, sx}; }
 };
-
-// What a backward returns for a gradient that is not wanted, in the type of the argument (float32 where there is none).
-inline Tensor no_gradient(const std::optional<Tensor>& argument) {
-  return torch::stable::empty(std::vector<int64_t>{0},
-                              argument ? argument->scalar_type() : ScalarType::Float);
-}
-
-// `gradient` in the type and the layout of `argument`.
-inline Tensor in_layout_of(const Tensor& argument, const Tensor& gradient) {
-  Tensor result = torch::stable::empty_like(argument);
-  return torch::stable::copy_(result, gradient);
-}
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

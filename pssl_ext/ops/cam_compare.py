@@ -119,7 +119,7 @@ def cam_compare(
 
     Args:
         main: list of S tensors [B,K,h_s,w_s], floating, of any sizes; at least one.
-        support: list of T tensors [B,K,h_t,w_t], likewise.
+        support: list of T tensors [B,K,h_t,w_t], likewise; on a GPU at most 24 maps with those of main.
         image_labels: [B,K], non-zero where the class is present.
         size: (H,W) at which the maps are compared.
         attention: "cosine", or "none" for w = 1.

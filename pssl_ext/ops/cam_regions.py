@@ -110,8 +110,8 @@ def cam_regions(
     ``ignore_index`` between. Ties: the lowest class. A pixel where the best A is NaN is ignored.
 
     Args:
-        cams: list of T tensors [B,K,h_t,w_t], floating, of any sizes; at least one. Resized as ``cam_sweep`` does,
-            with the same bits on every backend.
+        cams: list of T tensors [B,K,h_t,w_t], floating, of any sizes; at least one, on a GPU at most 24. Resized as
+            ``cam_sweep`` does, with the same bits on every backend.
         image_labels: [B,K], non-zero where the class is present.
         size: (H,W) of the mask.
         foreground: threshold of the foreground, a share of the class's maximum (0.3: Yoon et al. 2021).

@@ -1,0 +1,148 @@
+// What a CUDA operator needs of its device: the current stream, its limits, launches that say who failed.
+//
+// Everything that CUDA writes in a syntax of its own, or asks of the runtime, is in this file. The tests have their own
+// form of it, under which kernels run on the CPU (tests/cuda). So kernels are written with
+//
+//   launch(call, kernel<T>, grid, block, shared_bytes, arguments...)   for kernel<T><<<...>>>(...)
+//   PSSL_SHARED(name, T[32]);                                          for __shared__ T name[32];
+//   PSSL_DYNAMIC_SHARED(T, name);                                      for extern __shared__ T name[];
+//   PSSL_REGISTER_CUDA(m) { m.impl(...); }                             for STABLE_TORCH_LIBRARY_IMPL(pssl, CUDA, m)
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/types.h"
+
+#ifdef PSSL_CUDA_ON_CPU
+#include "cuda_on_cpu.h"
+#else
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <mutex>
+
+// A symbol of libtorch_cuda. Weak: the library loads in a CPU build of torch too, where nothing calls it.
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace pssl::PSSL_SIMD_NAMESPACE {
+
+// What the choice of a launch depends on.
+struct DeviceLimits {
+  int processors;        // streaming multiprocessors
+  int64_t shared_bytes;  // shared memory that one block can have
+};
+
+template <class T>
+using Same = T;  // the argument's own type: `__shared__ Same<float[32]> name` has the extents on the left
+
+#ifdef PSSL_CUDA_ON_CPU
+
+inline DeviceLimits device_limits(int) {
+  return {int(cuda_on_cpu::setting("PSSL_CUDA_ON_CPU_PROCESSORS", 3)),
+          cuda_on_cpu::setting("PSSL_CUDA_ON_CPU_SHARED", 64 << 10)};
+}
+
+#define PSSL_SHARED(name, ...)                                                                            \
+  static const char name##_key = 0;                                                                       \
+  auto& name =                                                                                            \
+      *static_cast<::pssl::PSSL_SIMD_NAMESPACE::Same<__VA_ARGS__>*>(::cuda_on_cpu::running->shared_array( \
+          &name##_key, sizeof(::pssl::PSSL_SIMD_NAMESPACE::Same<__VA_ARGS__>)))
+#define PSSL_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::cuda_on_cpu::running->dynamic_shared())
+#define PSSL_REGISTER_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(pssl, CPU, m)
+
+#else
+
+// Asked once a device.
+inline const DeviceLimits& device_limits(int device) {
+  constexpr int kDevices = 64;
+  static std::array<DeviceLimits, kDevices> limits;
+  static std::array<std::once_flag, kDevices> asked;
+  STD_TORCH_CHECK(device >= 0 && device < kDevices, "pssl: CUDA device ", device, " is not among the first ",
+                  kDevices);
+  std::call_once(asked[device], [&] {
+    int processors = 1, shared = 48 << 10;
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    limits[device] = {processors, shared};
+  });
+  return limits[device];
+}
+
+#define PSSL_SHARED(name, ...) __shared__::pssl::PSSL_SIMD_NAMESPACE::Same<__VA_ARGS__> name
+#define PSSL_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char pssl_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(pssl_dynamic_shared)
+#define PSSL_REGISTER_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(pssl, CUDA, m)
+
+#endif
+
+// One call of an operator: makes the tensor's device the current one for as long as it lives.
+class CudaCall {
+ public:
+  CudaCall(const char* op, const Tensor& on)
+      : op(op),
+        limits(device_limits(on.get_device_index()))
+#ifndef PSSL_CUDA_ON_CPU
+        ,
+        guard_(on.get_device_index())
+#endif
+  {
+#ifndef PSSL_CUDA_ON_CPU
+    cudaSetDevice(on.get_device_index());  // this library links a runtime of its own, beside torch's
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+#endif
+  }
+
+  const char* op;
+  DeviceLimits limits;
+#ifndef PSSL_CUDA_ON_CPU
+  cudaStream_t stream;
+#endif
+
+  // The number of blocks for `tasks` that blocks take in strides: enough to fill the device `waves` times.
+  int64_t blocks_for(int64_t tasks, int64_t waves) const {
+    const int64_t most = waves * limits.processors;
+    return tasks < most ? tasks : most;
+  }
+
+ private:
+#ifndef PSSL_CUDA_ON_CPU
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// Blocks of one launch along x.
+inline dim3 grid_of(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= 2147483647, "pssl: a launch of ", blocks, " blocks");
+  return dim3(unsigned(blocks));
+}
+
+// Starts kernel(arguments...) on the call's stream; nothing where the grid is empty. An error names the operator.
+template <class... P, class... A>
+void launch(const CudaCall& call, void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes,
+            const A&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  STD_TORCH_CHECK(shared_bytes <= call.limits.shared_bytes, call.op, ": the kernel needs ", shared_bytes,
+                  " bytes of shared memory, the device has ", call.limits.shared_bytes, " a block");
+#ifdef PSSL_CUDA_ON_CPU
+  cuda_on_cpu::launch(grid, block, size_t(shared_bytes), [&] { kernel(static_cast<P>(arguments)...); });
+#else
+  if (shared_bytes > (48 << 10))  // more has to be asked for
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  kernel<<<grid, block, size_t(shared_bytes), call.stream>>>(static_cast<P>(arguments)...);
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, call.op, ": CUDA launch failed: ", cudaGetErrorString(error));
+#endif
+}
+
+// New memory on the device of `like`, from torch's allocator: safe under CUDA graphs.
+inline Tensor new_on_device(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+}  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -1,0 +1,103 @@
+"""What the CUDA kernels do otherwise than those on the CPU: they cannot raise for the values they find, and the lists
+that they take have to fit into a launch. Nothing to run where neither a GPU nor its stand-in is (tests/cuda).
+"""
+
+import sys
+
+import pytest
+import torch
+
+from pssl_ext.registry import OPS
+from pssl_ext.testing import assert_same_bits, check_args, run
+
+DEVICES = ["cuda"] if torch.cuda.is_available() else []
+DEVICES += ["cpu"] if "cuda_on_cpu" in sys.modules else []
+pytestmark = pytest.mark.skipif(not DEVICES, reason="no CUDA kernels to run")
+
+BAD = [3, 4, 100, -1, -100]
+
+
+def labels(dtype, device):
+    """[2,9,11] with a tenth of the pixels ignored; and the same with labels out of range in their place."""
+    g = torch.Generator().manual_seed(7)
+    sound = torch.randint(0, 3, (2, 9, 11), generator=g)
+    ignored = torch.rand(sound.shape, generator=g) < 0.1
+    info = torch.iinfo(dtype)
+    bad = [b for b in (*BAD, info.max - 1, info.min) if info.min <= b <= info.max and not 0 <= b < 3]
+    values = torch.tensor(bad)[torch.randint(0, len(bad), sound.shape, generator=g)]
+    pair = sound.where(~ignored, 127), sound.where(~ignored, values)
+    return [t.to(dtype).to(device) for t in pair]
+
+
+def arguments(op, regions):
+    g = torch.Generator().manual_seed(8)
+    device = regions.device
+    if op == "cam_sweep":
+        cams = [torch.rand(2, 5, 6, generator=g).to(device) for _ in regions]
+        ids = [torch.tensor([1, 2], device=device) for _ in regions]
+        return dict(cams=cams, class_ids=ids, ground_truth=list(regions), thresholds=[0.3, 0.6])
+    features = torch.randn(2, 4, 5, 6, generator=g).to(device)
+    if op == "prototype_contrast":
+        prototypes = torch.randn(3, 4, generator=g).to(device)
+        return dict(features=features, prototypes=prototypes, regions=regions)
+    return dict(features=features, regions=regions)
+
+
+def native(op, **args):
+    return run(OPS[op], args, "native")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ["cam_sweep", "prototype_pool", "prototype_contrast"])
+def test_a_label_out_of_range_is_ignored(op, device, dtype, monkeypatch):
+    """No result may wait for the device, so a label that is none counts as ignored, forward and backward."""
+    monkeypatch.delenv("PSSL_DEBUG", raising=False)
+    more = dict(ignore_index=127) | ({} if op == "prototype_contrast" else dict(num_regions=3))
+    sound, bad = (native(op, **arguments(op, regions), **more) for regions in labels(dtype, device))
+    assert_same_bits(bad, sound, op)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wrong", [0, 3, 1000, -5])
+def test_cam_sweep_leaves_out_a_class_out_of_range(device, wrong, monkeypatch):
+    monkeypatch.delenv("PSSL_DEBUG", raising=False)
+    g = torch.Generator().manual_seed(9)
+    cams = torch.rand(3, 5, 6, generator=g).to(device)
+    truth = torch.randint(0, 3, (9, 11), generator=g).to(device)
+    more = dict(ground_truth=truth, thresholds=[0.3, 0.6], num_regions=3)
+    ids = torch.tensor([1, wrong, 2], device=device)
+    got = native("cam_sweep", cams=cams, class_ids=ids, **more)
+    expected = native("cam_sweep", cams=cams[::2], class_ids=ids[::2], **more)
+    assert_same_bits(got, expected, "cam_sweep")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_cam_sweep_takes_more_images_than_a_launch(device, normalize):
+    g = torch.Generator().manual_seed(10)
+    sizes = [(1 + i % 7, 1 + i % 5) for i in range(150)]
+    args = dict(
+        cams=[torch.rand(1 + i % 3, 2, 3, generator=g).to(device) for i in range(150)],
+        class_ids=[torch.randperm(3, generator=g)[: 1 + i % 3].add(1).to(device) for i in range(150)],
+        ground_truth=[torch.randint(0, 4, size, generator=g).to(device) for size in sizes],
+    )
+    more = dict(thresholds=[0.7, 0.2, 0.4], num_regions=4, normalize=normalize)
+    got = native("cam_sweep", **args, **more)
+    assert_same_bits(got, run(OPS["cam_sweep"], args | more, "reference"), "cam_sweep")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_as_many_maps_as_a_launch_takes(device):
+    g = torch.Generator().manual_seed(11)
+    maps = [torch.rand(1, 2, 1 + i % 4, 2 + i % 3, generator=g).to(device) for i in range(25)]
+    more = dict(image_labels=torch.ones(1, 2, device=device), size=(5, 6))
+    check_args(OPS["cam_regions"], dict(cams=maps[:24], **more), "native", "cam_regions, 24 maps")
+    check_args(
+        OPS["cam_compare"], dict(main=maps[:3], support=maps[3:24], **more), "native", "cam_compare, 24 maps"
+    )
+    words = "the CUDA kernel takes at most 24 maps in all, got 25"
+    with pytest.raises(RuntimeError, match=f"cam_regions: cams: {words}"):
+        native("cam_regions", cams=maps, **more)
+    with pytest.raises(RuntimeError, match=f"cam_compare: support: {words}"):
+        native("cam_compare", main=maps[:3], support=maps[3:], **more)
