@@ -70,7 +70,25 @@ class ModelConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class OptimizerConfig:
+    """AdamW and the course of its learning rate."""
+
+    batch_size: int = 16
+    """Images a step, over all ranks together."""
+    lr: float = 2e-3
+    """Peak learning rate of the backbone (in stage 1 of pssl.train). Measured on the embedded set."""
+    head_lr_factor: float = 5.0
+    """Learning rate of the last layers over that of the backbone: WSSS code commonly uses 10; measured 5."""
+    weight_decay: float = 5e-4
+    """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
+    poly_power: float = 0.9
+    """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
+    warmup: float = 0.05
+    """Share of a stage's steps over which the learning rate rises linearly from 0."""
+
+
+@dataclass
+class ScheduleConfig(OptimizerConfig):
     """Optimiser and how long each stage runs."""
 
     classifier_epochs: int = 30
@@ -78,20 +96,8 @@ class ScheduleConfig:
     change by less than seeds differ, and what the arms add to them doubles."""
     arm_epochs: int = 4
     """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
-    batch_size: int = 16
-    """Images a step, over all ranks together."""
-    lr: float = 2e-3
-    """Peak learning rate of the backbone in stage 1 (AdamW). Measured on the embedded set."""
-    head_lr_factor: float = 5.0
-    """Learning rate of the CAM layer over that of the backbone: WSSS code commonly uses 10; measured 5."""
     arm_lr_factor: float = 0.5
     """Learning rate of the arms over that of stage 1. Measured on the embedded set."""
-    weight_decay: float = 5e-4
-    """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
-    poly_power: float = 0.9
-    """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
-    warmup: float = 0.05
-    """Share of a stage's steps over which the learning rate rises linearly from 0."""
 
 
 @dataclass
