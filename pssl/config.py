@@ -53,8 +53,8 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Backbone and CAM head."""
+class BackboneConfig:
+    """Which backbone, and what of it is trained."""
 
     backbone: Literal["small", "efficientnet_lite0", "resnet38d", "timm"] = "small"
     """"small": a conv-BN network of stride 4 trained from scratch; "efficientnet_lite0": ImageNet weights, stride
@@ -71,13 +71,19 @@ class ModelConfig:
     fixed: Literal["nothing", "norms", "early"] = "nothing"
     """What of a backbone that is trained stays as its weights have it. "norms": its batch norms (IRN's and SEAM's
     training; small batches have poor statistics); "early": also its stem, and ResNet-38's first stage (both)."""
+    width: int = 64
+    """Channels of the small backbone. Measured on the embedded set."""
+
+
+@dataclass
+class ModelConfig(BackboneConfig):
+    """Backbone and CAM head."""
+
     dropout: float = 0.0
     """Share of the backbone's output channels that training drops: 0.5 in AffinityNet and SEAM, 0 in IRN."""
     frozen: bool = False
     """Keep the backbone fixed. Its activations are then computed once, for all scales and flips, and cached on
     disk."""
-    width: int = 64
-    """Channels of the small backbone. Measured on the embedded set."""
     dim: int = 64
     """Embedding channels D. The paper's networks have more; 64 was measured on the embedded set, 256 on photographs."""
     logit_scale: float = 20.0

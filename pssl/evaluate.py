@@ -12,8 +12,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.table import Table
-
 from pssl.cli import Floats, parse
 from pssl.config import DataConfig, EvaluationConfig
 from pssl.data.voc import VOCFolder, read_label_png
@@ -22,7 +20,7 @@ from pssl.engine.cam_files import even_selection, read_cams
 from pssl.engine.checkpoint import write_text
 from pssl.engine.log import Log
 from pssl.engine.parallel import over_images
-from pssl.engine.results import commit, versions
+from pssl.engine.results import commit, iou_table, versions
 from pssl.engine.scoring import LabelScorer, Scorer, threshold_steps
 from pssl.engine.workspace import open_data, resolve_device
 from pssl_ext.ops.cam_sweep import power_thresholds
@@ -127,7 +125,7 @@ def run(config: EvaluateConfig, log: Log | None = None) -> dict:
         where = config.labels or config.cams
         write_text(config.out or where / "scores.json", json.dumps(result, indent=1))
         log.say(headline(result))
-        log.console.print(to_table(result))
+        log.console.print(iou_table(result))
     return result
 
 
@@ -140,18 +138,6 @@ def headline(result: dict) -> str:
         how = f"threshold {result['threshold']:.2f}" if power is None else f"background power {power:g}"
         how += f" ({chosen})"
     return f"{result['data']}, {result['split']}, {result['images']} images, {how}"
-
-
-def to_table(result: dict) -> Table:
-    """IoU by region and their mean."""
-    table = Table()
-    table.add_column("region")
-    table.add_column("IoU", justify="right")
-    for name, value in result["iou"].items():
-        table.add_row(name, "-" if value is None else f"{value:.1f}")
-    table.add_section()
-    table.add_row("mean", f"{result['miou']:.1f}")
-    return table
 
 
 def main(argv: list[str] | None = None) -> None:

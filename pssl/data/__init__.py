@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         multi_scale,
         normalise,
         random_flip,
+        random_labelled_crop,
         random_resized_crop,
         to_float,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "multi_scale",
     "normalise",
     "random_flip",
+    "random_labelled_crop",
     "random_resized_crop",
     "resolve_image_labels",
     "to_float",

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from pssl.config import OptimizerConfig, ScheduleConfig
 from pssl.engine import checkpoint
-from pssl.engine.distributed import is_first, share, synchronise, wait, world_size
+from pssl.engine.distributed import is_first, rank, share, synchronise, wait, world_size
 from pssl.engine.inputs import Inputs
-from pssl.engine.seeding import generator
+from pssl.engine.seeding import derive_seed, generator
 from pssl.method.losses import Objective
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
@@ -199,7 +199,9 @@ def run_stage(stage: Training, *, resume: bool = False, on_step: OnStep | None =
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
-            losses = stage.losses(fed)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(stage.seed, stage.draws, "dropout", step, rank()))
+                losses = stage.losses(fed)
             losses["total"].backward()
             synchronise(stage.net)
             optimizer.step()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pssl.cli import from_dict, to_dict
-from pssl.config import DataConfig, ModelConfig
+from pssl.config import BackboneConfig, DataConfig, ModelConfig
 from pssl.data.cache import cache_dir
 from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
 from pssl.data.voc import VOCFolder
@@ -44,7 +44,7 @@ def open_data(config: DataConfig) -> VOCFolder:
     return VOCFolder(ensure_synthetic(None, SyntheticConfig(variant=config.variant)))
 
 
-def weights_path(config: ModelConfig) -> Path | None:
+def weights_path(config: BackboneConfig) -> Path | None:
     """The backbone's weights file, None for a backbone that starts from random weights."""
     if config.weights is not None:
         return config.weights

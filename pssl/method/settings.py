@@ -1,12 +1,13 @@
-"""Settings of the steps from CAMs to pseudo labels, with what their defaults come from."""
+"""Settings of the steps from CAMs to a segmentation network, with what their defaults come from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pssl.cli import Floats, Integers
-from pssl.config import OptimizerConfig
+from pssl.config import BackboneConfig, OptimizerConfig
 
 STEPS = ("crf", "par", "affinity")
 
@@ -104,3 +105,58 @@ class RefineSettings:
     def steps(self) -> tuple[str, ...]:
         """The steps in their order."""
         return () if self.method == "none" else tuple(self.method.split("+"))
+
+
+@dataclass
+class SegmenterConfig(BackboneConfig):
+    """DeepLab: backbone and head."""
+
+    init: Path | None = None
+    """A checkpoint of pssl.train whose backbone training starts from, in place of `weights`; not one of a frozen
+    backbone."""
+    head: Literal["largefov", "v3plus"] = "largefov"
+    """"largefov": DeepLab v1's, which most WSSS papers report; "v3plus": v3+'s pyramid and decoder."""
+    dim: int = 256
+    """Channels of the head (v3+: 256; LargeFOV: 1024)."""
+    rates: Integers = (12,)
+    """Dilations of the head: one for largefov (12 at stride 8, DeepLab v1), one a branch for v3plus (6,12,18 at stride
+    16)."""
+    dropout: float = 0.5
+    """Share of the head's channels that training drops (DeepLab v1)."""
+
+
+@dataclass
+class SegmentScheduleConfig(OptimizerConfig):
+    """Optimiser and length of the training."""
+
+    epochs: int = 20
+    """Epochs over the images with pseudo labels."""
+    lr: float = 1e-3
+    """Peak learning rate of the backbone."""
+    head_lr_factor: float = 10.0
+    """Learning rate of the head over that of the backbone (DeepLab)."""
+
+
+@dataclass
+class PredictConfig:
+    """How a trained network labels an image."""
+
+    scales: Floats = (0.75, 1.0, 1.25)
+    """Scales whose probabilities are averaged."""
+    flip: bool = True
+    """Also read the mirrored image."""
+    crf: bool = False
+    """Refine the probabilities by the CRF (DeepLab v1 and v2 do, v3+ does not)."""
+
+
+@dataclass
+class SegmentSettings:
+    """What is trained on the pseudo labels, and how it labels images."""
+
+    model: SegmenterConfig = field(default_factory=SegmenterConfig)
+    schedule: SegmentScheduleConfig = field(default_factory=SegmentScheduleConfig)
+    zoom: Floats = (0.75, 1.5)
+    """Training images are resized so that their long side is `data.size` times a random factor of this range, then cut
+    or padded to `data.size` (DeepLab: 0.5 to 1.5 or 2 times the image's own size)."""
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    crf: CRFConfig = field(default_factory=CRFConfig)
