@@ -1,7 +1,7 @@
 """The training objective: which passes a step makes, and which losses it takes from them.
 
 Every scale is passed once. SupportNet's scale 1 serves its CAMs and the prototypes; MainNet's scale 1 serves
-classification, RCM and MAM.
+classification, RCM and MAM. A frozen backbone's activations serve both networks.
 """
 
 from __future__ import annotations
@@ -75,8 +75,13 @@ class Objective(nn.Module):
         image_labels: Tensor,  # [B,K]
     ) -> dict[str, Tensor]:
         """The losses by name; "total" is their weighted sum."""
-        seen = {scale: main(inputs[scale]) for scale in self.main_scales}
-        target = {scale: support(inputs[scale]) for scale in self.support_scales}
+        see, aim = main, support
+        if main.frozen and support is not None:
+            # what lies before the heads has no gradient and is the same for both: taken once
+            inputs = {scale: main.activations(inputs[scale]) for scale in self.scales}
+            see, aim = main.head, support.head
+        seen = {scale: see(inputs[scale]) for scale in self.main_scales}
+        target = {scale: aim(inputs[scale]) for scale in self.support_scales}
         losses = self.terms(seen, target, image_labels)
         losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
         return losses
