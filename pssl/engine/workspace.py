@@ -51,26 +51,36 @@ def weights_path(config: ModelConfig) -> Path | None:
     return find_weights(config.backbone) if config.backbone in PACKAGES else None
 
 
+def net_of(config: ModelConfig, classes: int) -> CamNet:
+    """The network that a configuration describes, with random weights."""
+    return build_cam_net(
+        config.backbone,
+        classes,
+        dim=config.dim,
+        width=config.width,
+        logit_scale=config.logit_scale,
+        frozen=config.frozen,
+        timm=config.timm,
+        output_stride=config.output_stride,
+        fixed=config.fixed,
+        dropout=config.dropout,
+    )
+
+
 def new_net(config: ModelConfig, classes: int, seed: int, say: Callable[[str], None] | None = None) -> CamNet:
     """A network as training starts from: backbone weights loaded, the rest random by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
-        net = build_cam_net(
-            config.backbone,
-            classes,
-            dim=config.dim,
-            width=config.width,
-            logit_scale=config.logit_scale,
-            frozen=config.frozen,
-        )
+        net = net_of(config, classes)
     path = weights_path(config)
     if path is not None:
         report = load_weights(net.backbone, path)
         if say is not None:
             say(f"backbone weights {report}")
-    elif config.frozen:
+    elif config.frozen or config.fixed != "nothing":
+        what = "frozen" if config.frozen else f"fixed={config.fixed}"
         raise ValueError(
-            "model.frozen: expected a backbone with weights, got random ones; give --model.weights"
+            f"model.{what}: expected a backbone with weights, got random ones; give --model.weights"
         )
     return net.to(memory_format=torch.channels_last)
 
@@ -155,14 +165,7 @@ def load_net(path: Path, device: torch.device | str = "cpu") -> TrainedNet:
     """The network of :func:`save_net`, in eval mode."""
     tensors, description = checkpoint.load_weights(path)
     model = from_dict(ModelConfig, description["model"], str(path))
-    net = build_cam_net(
-        model.backbone,
-        len(description["classes"]),
-        dim=model.dim,
-        width=model.width,
-        logit_scale=model.logit_scale,
-        frozen=model.frozen,
-    )
+    net = net_of(model, len(description["classes"]))
     if model.frozen:
         source = weights_path(model)
         if file_digest(source) != description["backbone_digest"]:
