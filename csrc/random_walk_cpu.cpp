@@ -1,8 +1,7 @@
 // random_walk on the CPU: sparse steps (identity 3) as a stencil with a weight map for each offset.
 //
-// A map lies in memory as one run of cells, its rows `ld` apart with cells of value 0 between them, wide enough that an
-// offset never reaches the next row's cells: a neighbour is a fixed distance away, and vectors need not know of rows.
-// Affinities are kept for the offsets that point ahead; those behind are the same numbers read from the other end.
+// A map lies in memory as one run of cells (WalkRun), so that vectors need not know of rows. Affinities are kept for the
+// offsets that point ahead; those behind are the same numbers read from the other end.
 // A step is a gather, every cell by itself, so that the result does not depend on the threads.
 #include "common/tensors.h"
 #include "common/vec.h"
@@ -26,27 +25,12 @@ constexpr int64_t kCacheBytes = int64_t(8) << 20;
 constexpr int64_t kChannels = 16;  // of the features that are packed at a time
 constexpr int64_t kLine = 16;      // elements; a cache line of float
 
-struct Offset {
-  int64_t dy, dx, distance;  // distance: in cells of the run
-};
+// A run whose cells are taken in blocks of vectors.
+struct Run : WalkRun {
+  int64_t lead, blocks, size, block;
 
-// Where the cells of an h×w map lie in a run.
-struct Run {
-  int64_t h, w, ld, lead, blocks, size, block;
-  std::vector<Offset> offsets;
-
-  Run(int64_t h, int64_t w, int64_t radius, int64_t lanes) : h(h), w(w), block(kBlockVectors * lanes) {
-    int64_t down = 0, side = 0;
-    // on a map smaller than the radius no pair has the longer offsets
-    for (int64_t dy = 0; dy < std::min(radius, h); ++dy)
-      for (int64_t dx = -std::min(radius, w) + 1; dx < std::min(radius, w); ++dx)
-        if (is_walk_offset(dy, dx, radius)) {
-          offsets.push_back({dy, dx, 0});
-          down = std::max(down, dy), side = std::max(side, std::abs(dx));
-        }
-    ld = w + side;
-    for (Offset& o : offsets) o.distance = o.dy * ld + o.dx;
-    const int64_t reach = down * ld + side;
+  Run(int64_t h, int64_t w, int64_t radius, int64_t lanes)
+      : WalkRun(h, w, radius), block(kBlockVectors * lanes) {
     lead = round_up(reach, lanes);
     blocks = (h * ld + block - 1) / block;
     // an odd number of lines, so that the maps of the offsets do not fall onto each other in the cache
@@ -82,7 +66,7 @@ struct Walk {
   // The least openness [size] (0 outside the map) on each pair's path.
   void take_edges(const T* open) const {
     std::vector<std::vector<int64_t>> paths;
-    for (const Offset& o : run.offsets) {
+    for (const WalkOffset& o : run.offsets) {
       auto& path = paths.emplace_back();
       for (int64_t y = 0; y <= o.dy; ++y)
         for (int64_t x = std::min<int64_t>(o.dx, 0); x <= std::max<int64_t>(o.dx, 0); ++x)
@@ -127,7 +111,7 @@ struct Walk {
     }
     each_vector(int64_t(run.offsets.size()) * 16, [&](int64_t p) {
       for (size_t o = 0; o < run.offsets.size(); ++o)
-        store(affinity(o) + p, exp_nonpositive<T>(load(affinity(o) + p) * T(-beta / double(D))));
+        store(affinity(o) + p, exp_nonpositive<T>(load(affinity(o) + p) * T(walk_feature_exponent(beta, D))));
     });
     clear_outside();
   }
@@ -172,14 +156,14 @@ struct Walk {
     for (int v = 0; v < V; ++v)
       for (int c = 0; c < C; ++c) here[c][v] = load(from + c * size + p + v * L);
     const T* a = &affinities[p];
-    for (const Offset& o : run.offsets) {
+    for (const WalkOffset& o : run.offsets) {
       const int64_t distance = o.distance;
       for (int v = 0; v < V; ++v) {
         const Vec<T> ahead = load(a + v * L), behind = load(a - distance + v * L);
         for (int c = 0; c < C; ++c) {
           const T* x = from + c * size + p + v * L;
-          change[c][v] += ahead * (load(x + distance) - here[c][v]);
-          change[c][v] += behind * (load(x - distance) - here[c][v]);
+          change[c][v] += walk_change(ahead, load(x + distance), here[c][v]);
+          change[c][v] += walk_change(behind, load(x - distance), here[c][v]);
         }
       }
       a += size;
@@ -284,16 +268,7 @@ Tensor walk(const Tensor& cams, const std::optional<Tensor>& edge, const std::op
 Tensor random_walk_cpu(const Tensor& cams, const std::optional<Tensor>& edge,
                        const std::optional<Tensor>& features, int64_t radius, double beta,
                        int64_t log2_steps) {
-  STD_TORCH_CHECK(cams.dim() == 3, kOp, ": cams must be [k,h,w]");
-  STD_TORCH_CHECK(edge.has_value() != features.has_value(), kOp, ": edge must be given, or else features");
-  STD_TORCH_CHECK(
-      !edge || (edge->dim() == 2 && edge->size(0) == cams.size(1) && edge->size(1) == cams.size(2)), kOp,
-      ": edge must be [h,w]");
-  STD_TORCH_CHECK(!features || (features->dim() == 3 && features->size(0) >= 1 &&
-                                features->size(1) == cams.size(1) && features->size(2) == cams.size(2)),
-                  kOp, ": features must be [D,h,w]");
-  STD_TORCH_CHECK(radius >= 1 && beta > 0 && log2_steps >= 0 && log2_steps <= 30, kOp,
-                  ": radius must be at least 1, beta greater than 0, log2_steps in 0..30");
+  check_walk(kOp, cams, edge, features, radius, beta, log2_steps);
   const Tensor& source = edge ? *edge : *features;
   return with_accumulation({cams.scalar_type(), source.scalar_type()}, [&](auto zero) {
     return walk<decltype(zero)>(cams, edge, features, radius, beta, log2_steps);

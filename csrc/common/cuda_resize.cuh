@@ -5,7 +5,7 @@
 #pragma once
 
 #include "common/cam_maps.h"
-#include "common/cuda_block.cuh"
+#include "common/cuda_tile.cuh"
 #include "common/cuda_views.cuh"
 #include "common/stepwise.h"
 
@@ -59,25 +59,6 @@ __device__ T resized(const AnyView<4>& map, int64_t b, int64_t k, Tap<T> y, Tap<
                               map.template floating<T>(b, k, below, x.index),
                               map.template floating<T>(b, k, below, right), y.fraction, x.fraction);
 }
-
-// A tile of pixels, one a thread of a block of dim3(kWidth, kHeight).
-struct Tile {
-  static constexpr int kWidth = 32, kHeight = 8, kThreads = kWidth * kHeight;
-
-  int64_t y0, x0, H, W;
-
-  // How many tiles a map of H×W has; `index` counts them row by row.
-  PSSL_HD static int64_t across(int64_t W) { return (W + kWidth - 1) / kWidth; }
-  PSSL_HD static int64_t count(int64_t H, int64_t W) { return (H + kHeight - 1) / kHeight * across(W); }
-  __device__ static Tile at(int64_t index, int64_t H, int64_t W) {
-    return {index / across(W) * kHeight, index % across(W) * kWidth, H, W};
-  }
-  static dim3 block() { return dim3(kWidth, kHeight); }
-
-  __device__ int64_t y() const { return y0 + threadIdx.y; }
-  __device__ int64_t x() const { return x0 + threadIdx.x; }
-  __device__ bool inside() const { return y() < H && x() < W; }
-};
 
 // The taps of one map's tile.
 template <class T>

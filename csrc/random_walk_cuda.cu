@@ -1,0 +1,231 @@
+// random_walk on CUDA: sparse steps (identity 3), a launch each, a thread a cell of some classes.
+//
+// Maps lie in memory as on the CPU (WalkRun). Affinities are kept for the offsets that point ahead, (neighbours / 2)·h·w
+// numbers; those behind are the same numbers read from the other end. A step is a gather in a fixed order.
+#include <utility>
+
+#include "common/cuda_table.cuh"
+#include "common/cuda_tile.cuh"
+#include "common/cuda_views.cuh"
+#include "random_walk.h"
+
+namespace {
+
+using namespace pssl;
+using namespace pssl::PSSL_SIMD_NAMESPACE;
+
+constexpr const char* kOp = "random_walk";
+constexpr int kOffsetGroup = 8;  // offsets whose feature distances a thread adds up at a time
+
+struct Walk {
+  int64_t h, w, ld, lead, size;  // `lead` cells of value 0 before the map, as many behind
+  int64_t count;
+  const WalkOffset* offsets;  // on the device
+
+  explicit Walk(const WalkRun& run)
+      : h(run.h),
+        w(run.w),
+        ld(run.ld),
+        lead((run.reach + kWarp - 1) / kWarp * kWarp),
+        size(2 * lead + (run.h * run.ld + kWarp - 1) / kWarp * kWarp),
+        count(int64_t(run.offsets.size())) {}
+
+  PSSL_HD int64_t cell(int64_t y, int64_t x) const { return lead + y * ld + x; }
+  PSSL_HD bool has(int64_t y, int64_t x) const { return y < h && x >= 0 && x < w; }  // y is never negative
+  PSSL_HD int64_t tiles() const { return Tile::count(h, w); }
+};
+
+// Maps in a run's layout, or in a plain one where they are handed out.
+template <class T>
+struct Maps {
+  T* data;
+  int64_t map, row, first;
+
+  __device__ T& at(int64_t c, int64_t y, int64_t x) const { return data[c * map + first + y * row + x]; }
+};
+
+template <class T>
+__device__ T clamped_edge(const AnyView<2>& edge, int64_t y, int64_t x) {
+  return std::clamp(edge.floating<T>(y, x), T(0), T(1));
+}
+
+// The maps at the first step, a class a row of the grid's blocks: damped by the edges, where there are any.
+template <class T>
+__global__ void __launch_bounds__(Tile::kThreads)
+    start(const __grid_constant__ Walk walk, const __grid_constant__ AnyView<3> cams,
+          const __grid_constant__ AnyView<2> edge, Maps<T> to) {
+  const Tile tile = Tile::at(blockIdx.x % walk.tiles(), walk.h, walk.w);
+  const int64_t c = blockIdx.x / walk.tiles(), y = tile.y(), x = tile.x();
+  if (!tile.inside()) return;
+  const T value = cams.floating<T>(c, y, x);
+  to.at(c, y, x) = edge.data ? value * (T(1) - clamped_edge<T>(edge, y, x)) : value;
+}
+
+template <class T>
+__global__ void __launch_bounds__(Tile::kThreads)
+    open_cells(const __grid_constant__ Walk walk, const __grid_constant__ AnyView<2> edge, double beta,
+               T* open) {
+  const Tile tile = Tile::at(blockIdx.x, walk.h, walk.w);
+  if (!tile.inside()) return;
+  open[walk.cell(tile.y(), tile.x())] = T(walk_openness(clamped_edge<T>(edge, tile.y(), tile.x()), beta));
+}
+
+// The least openness on each pair's path, an offset a row of the grid's blocks.
+template <class T>
+__global__ void __launch_bounds__(Tile::kThreads)
+    take_edges(const __grid_constant__ Walk walk, const T* open, T* affinity) {
+  const Tile tile = Tile::at(blockIdx.x % walk.tiles(), walk.h, walk.w);
+  const int64_t index = blockIdx.x / walk.tiles();
+  const WalkOffset o = walk.offsets[index];
+  if (!tile.inside() || !walk.has(tile.y() + o.dy, tile.x() + o.dx)) return;
+  const int64_t p = walk.cell(tile.y(), tile.x());
+  T least = open[p];
+  for (int64_t y = 0; y <= o.dy; ++y)
+    for (int64_t x = o.dx < 0 ? o.dx : 0; x <= (o.dx > 0 ? o.dx : 0); ++x) {
+      if (!is_on_walk_path(o.dy, o.dx, y, x)) continue;
+      const T other = open[p + y * walk.ld + x];
+      least = other < least ? other : least;
+    }
+  affinity[index * walk.size + p] = least;
+}
+
+// exp(-beta * mean over channels of |f_i - f_j|), kOffsetGroup offsets a row of the grid's blocks.
+template <class T>
+__global__ void __launch_bounds__(Tile::kThreads)
+    take_features(const __grid_constant__ Walk walk, const __grid_constant__ AnyView<3> features, T exponent,
+                  T* affinity) {
+  const Tile tile = Tile::at(blockIdx.x % walk.tiles(), walk.h, walk.w);
+  const int64_t first = blockIdx.x / walk.tiles() * kOffsetGroup, y = tile.y(), x = tile.x();
+  if (!tile.inside()) return;
+  const int64_t here = features.offset(0, y, x);
+  int64_t there[kOffsetGroup];  // -1: no such pair
+  T sum[kOffsetGroup];
+  for (int i = 0; i < kOffsetGroup; ++i) {
+    const bool counts = first + i < walk.count;
+    const WalkOffset o = walk.offsets[counts ? first + i : first];
+    there[i] = counts && walk.has(y + o.dy, x + o.dx) ? features.offset(0, y + o.dy, x + o.dx) : -1;
+    sum[i] = 0;
+  }
+  for (int64_t d = 0; d < features.size[0]; ++d) {
+    const int64_t plane = d * features.stride[0];
+    const T own = load_floating<T>(features.data, features.type, plane + here);
+#pragma unroll
+    for (int i = 0; i < kOffsetGroup; ++i)
+      if (there[i] >= 0)
+        sum[i] += std::abs(own - load_floating<T>(features.data, features.type, plane + there[i]));
+  }
+#pragma unroll
+  for (int i = 0; i < kOffsetGroup; ++i)
+    if (there[i] >= 0) affinity[(first + i) * walk.size + walk.cell(y, x)] = std::exp(sum[i] * exponent);
+}
+
+template <class T>
+__global__ void __launch_bounds__(Tile::kThreads)
+    normalise(const __grid_constant__ Walk walk, const T* affinity, T* scale) {
+  const Tile tile = Tile::at(blockIdx.x, walk.h, walk.w);
+  if (!tile.inside()) return;
+  const int64_t p = walk.cell(tile.y(), tile.x());
+  double sum = 0;
+  for (int64_t o = 0; o < walk.count; ++o, affinity += walk.size)
+    sum += double(affinity[p]) + double(affinity[p - walk.offsets[o].distance]);
+  scale[p] = T(walk_scale(sum));
+}
+
+template <class T, int C>
+__global__ void __launch_bounds__(Tile::kThreads)
+    step(const __grid_constant__ Walk walk, const __grid_constant__ TileOfMaps of, const T* affinity,
+         const T* scale, Maps<const T> from, Maps<T> to) {
+  const Tile tile = of.tile();
+  const int64_t first = of.first<C>(), y = tile.y(), x = tile.x();
+  if (!tile.inside()) return;
+  const int64_t p = walk.cell(y, x);
+  const T* at[C];
+  T here[C], change[C];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    // past the last map: the last one again
+    at[c] = &from.at(first + c < of.maps ? first + c : of.maps - 1, y, x);
+    here[c] = *at[c];
+    change[c] = 0;
+  }
+  for (int64_t o = 0; o < walk.count; ++o, affinity += walk.size) {
+    const int64_t distance = walk.offsets[o].distance;
+    const T ahead = affinity[p], behind = affinity[p - distance];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      change[c] += walk_change(ahead, at[c][distance], here[c]);
+      change[c] += walk_change(behind, at[c][-distance], here[c]);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < C; ++c)
+    if (first + c < of.maps) to.at(first + c, y, x) = here[c] + scale[p] * change[c];
+}
+
+template <class T>
+Tensor zeros(const Tensor& like, int64_t count) {
+  Tensor made = new_on_device(like, {count}, scalar_type_of<T>);
+  return torch::stable::zero_(made);
+}
+
+template <class T>
+Tensor walk_maps(const CudaCall& call, const Tensor& cams, const std::optional<Tensor>& edge,
+                 const std::optional<Tensor>& features, const WalkRun& run, double beta, int64_t steps) {
+  const int64_t k = cams.size(0), h = run.h, w = run.w;
+  Tensor result = new_on_device(cams, {k, h, w}, scalar_type_of<T>);
+  if (k * h * w == 0) return result;
+  Walk walk(run);
+  DeviceTable<WalkOffset> offsets(call, cams, run.offsets);
+  walk.offsets = offsets.get();
+  Tensor affinities = zeros<T>(cams, walk.count * walk.size), scales = zeros<T>(cams, walk.size);
+  T *affinity = affinities.mutable_data_ptr<T>(), *scale = scales.mutable_data_ptr<T>();
+  const AnyView<2> edges = AnyView<2>::of(edge);
+  if (edge) {
+    // until normalise writes the scales, their memory holds the openness
+    launch(call, open_cells<T>, grid_of(walk.tiles()), Tile::block(), 0, walk, edges, beta, scale);
+    launch(call, take_edges<T>, grid_of(walk.tiles() * walk.count), Tile::block(), 0, walk, scale, affinity);
+  } else {
+    const int64_t groups = (walk.count + kOffsetGroup - 1) / kOffsetGroup;
+    launch(call, take_features<T>, grid_of(walk.tiles() * groups), Tile::block(), 0, walk,
+           AnyView<3>::of(*features), T(walk_feature_exponent(beta, features->size(0))), affinity);
+  }
+  launch(call, normalise<T>, grid_of(walk.tiles()), Tile::block(), 0, walk, affinity, scale);
+
+  Tensor maps = zeros<T>(cams, 2 * k * walk.size);
+  T* first = maps.mutable_data_ptr<T>();
+  Maps<T> from{first, walk.size, walk.ld, walk.lead}, to = from;
+  to.data += k * walk.size;
+  const Maps<T> out{result.mutable_data_ptr<T>(), h * w, w, 0};
+  launch(call, start<T>, grid_of(walk.tiles() * k), Tile::block(), 0, walk, AnyView<3>::of(cams), edges,
+         from);
+  const TileOfMaps of{k, h, w};
+  with_maps_a_thread(call, of.tiles(), k, [&](auto maps_a_thread) {
+    constexpr int C = maps_a_thread();
+    for (int64_t i = 0; i < steps; ++i) {
+      const Maps<const T> read{from.data, from.map, from.row, from.first};
+      launch(call, step<T, C>, of.grid<C>(), Tile::block(), 0, walk, of, affinity, scale, read,
+             i + 1 < steps ? to : out);
+      std::swap(from, to);
+    }
+  });
+  return result;
+}
+
+Tensor random_walk_cuda(const Tensor& cams, const std::optional<Tensor>& edge,
+                        const std::optional<Tensor>& features, int64_t radius, double beta,
+                        int64_t log2_steps) {
+  check_walk(kOp, cams, edge, features, radius, beta, log2_steps);
+  const CudaCall call(kOp, cams);
+  const int64_t h = cams.size(1), w = cams.size(2);
+  const WalkRun run(h, w, edge ? radius : shrunk_radius(radius, h, w));
+  const Tensor& source = edge ? *edge : *features;
+  Tensor result;
+  with_accumulation({cams.scalar_type(), source.scalar_type()}, [&](auto zero) {
+    result = walk_maps<decltype(zero)>(call, cams, edge, features, run, beta, int64_t(1) << log2_steps);
+  });
+  return result;
+}
+
+}  // namespace
+
+PSSL_REGISTER_CUDA(m) { m.impl("random_walk", TORCH_BOX(&random_walk_cuda)); }
