@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pssl.cli import Floats, parse
 from pssl.config import DataConfig, EvaluationConfig
-from pssl.data.voc import VOCFolder, read_label_png
+from pssl.data.open import DataFolder
+from pssl.data.voc import read_label_png
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection, read_cams
 from pssl.engine.checkpoint import write_text
@@ -59,7 +60,7 @@ class EvaluateConfig:
             raise ValueError(f"threshold: expected a value of 0 or more, below 1, got {self.threshold}")
 
 
-def score_cams(config: EvaluateConfig, folder: VOCFolder, ids: list[str], log: Log) -> dict:
+def score_cams(config: EvaluateConfig, folder: DataFolder, ids: list[str], log: Log) -> dict:
     """The score of CAM files; the sweep always, a fixed threshold beside it."""
     steps = threshold_steps(config.evaluation.steps)
     swept = power_thresholds(config.powers) if config.powers else sorted({*steps, *given(config)})
@@ -87,7 +88,7 @@ def given(config: EvaluateConfig) -> tuple[float, ...]:
     return () if config.threshold is None else (config.threshold,)
 
 
-def score_labels(config: EvaluateConfig, folder: VOCFolder, ids: list[str], log: Log) -> dict:
+def score_labels(config: EvaluateConfig, folder: DataFolder, ids: list[str], log: Log) -> dict:
     """The score of label PNGs."""
     scorer = LabelScorer(len(folder.classes) + 1)
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from pssl.cams import CamsConfig, made_from
 from pssl.cli import parse, to_dict
 from pssl.config import DataConfig
+from pssl.data.open import DataFolder
 from pssl.data.palette import write_label_png
-from pssl.data.voc import VOCFolder
 from pssl.engine import distributed
 from pssl.engine.affinities import (
     Affinities,
@@ -90,7 +90,7 @@ def resolve(config: RefineConfig) -> tuple[RefineConfig, CamsConfig | None]:
 
 
 def open_affinities(
-    config: RefineConfig, source: CamsConfig | None, folder: VOCFolder, ids: Sequence[str], log: Log
+    config: RefineConfig, source: CamsConfig | None, folder: DataFolder, ids: Sequence[str], log: Log
 ) -> Affinities:
     """The CAM network with affinities, loaded or trained on this split."""
     settings = config.affinity
@@ -133,7 +133,7 @@ def build_steps(config: RefineConfig, affinities: Affinities | None) -> list[tup
 
 
 def label_image(
-    config: RefineConfig, folder: VOCFolder, steps: list[tuple[str, Step]], image_id: str
+    config: RefineConfig, folder: DataFolder, steps: list[tuple[str, Step]], image_id: str
 ) -> dict[str, float]:
     """Write one image's labels; returns the seconds of each step and of the whole."""
     begin = time.perf_counter()

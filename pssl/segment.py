@@ -16,7 +16,8 @@ import torch
 
 from pssl.cli import parse, to_dict
 from pssl.config import DataConfig
-from pssl.data.voc import VOCFolder, read_label_png
+from pssl.data.open import DataFolder
+from pssl.data.voc import read_label_png
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
 from pssl.engine.checkpoint import write_text
@@ -63,10 +64,10 @@ class SegmentConfig(SegmentSettings):
     @property
     def predictions(self) -> Path:
         """The folder of predictions."""
-        return self.out / "results/VOC2012/Segmentation" / f"comp6_{self.data.val_split}_cls"
+        return self.out / "results/VOC2012/Segmentation" / f"comp6_{Path(self.data.val_split).stem}_cls"
 
 
-def train(config: SegmentConfig, folder: VOCFolder, device: torch.device, log: Log) -> tuple[DeepLab, dict]:
+def train(config: SegmentConfig, folder: DataFolder, device: torch.device, log: Log) -> tuple[DeepLab, dict]:
     """Train a network, or finish training it; returns it in eval mode, with how it went."""
     ids = folder.ids(config.data.train_split)
     ids = [ids[i] for i in even_selection(len(ids), config.images)]
@@ -108,7 +109,7 @@ def train(config: SegmentConfig, folder: VOCFolder, device: torch.device, log: L
     return net.eval(), outcome
 
 
-def predict(config: SegmentConfig, folder: VOCFolder, net: DeepLab, log: Log) -> None:
+def predict(config: SegmentConfig, folder: DataFolder, net: DeepLab, log: Log) -> None:
     """Label the held-out split, ranks sharing the images; predictions that are there are kept."""
     out = config.predictions
     out.mkdir(parents=True, exist_ok=True)
@@ -124,10 +125,11 @@ def predict(config: SegmentConfig, folder: VOCFolder, net: DeepLab, log: Log) ->
     distributed.wait()
 
 
-def score(config: SegmentConfig, folder: VOCFolder, log: Log) -> dict | None:
+def score(config: SegmentConfig, folder: DataFolder, log: Log) -> dict | None:
     """Scores of the predictions; None for a split without masks, as VOC's test split is."""
     ids = folder.ids(config.data.val_split)
-    if not any(folder.mask_path(image_id).is_file() for image_id in ids):
+    paths = (folder.mask_path(image_id) for image_id in ids)
+    if not any(path is None or path.is_file() for path in paths):  # None: COCO draws its masks
         log.say(f"{config.data.val_split} has no masks: nothing to score")
         return None
     scorer = LabelScorer(len(folder.classes) + 1)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pssl.data.open import DataFolder
 from pssl.data.palette import write_label_png
-from pssl.data.voc import VOCFolder, read_label_png
+from pssl.data.voc import read_label_png
 from pssl.engine import checkpoint
 from pssl.engine.cam_files import read_cams
 from pssl.engine.distributed import share, wait
@@ -47,7 +48,7 @@ def confident_labels(
 
 def write_confident_labels(
     out: Path,
-    folder: VOCFolder,
+    folder: DataFolder,
     ids: list[str],
     cams: Path,
     threshold: float,

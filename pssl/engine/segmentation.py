@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pssl.cli import from_dict, to_dict
 from pssl.config import OptimizerConfig
+from pssl.data.open import DataFolder
 from pssl.data.palette import write_label_png
 from pssl.data.transforms import random_labelled_crop
-from pssl.data.voc import VOCFolder, read_label_png
+from pssl.data.voc import read_label_png
 from pssl.engine import checkpoint
 from pssl.engine.loop import Draw, Training
 from pssl.engine.parallel import one_thread_pool, worker_count
@@ -92,7 +93,7 @@ class SegmentTraining(Training):
     """Training of a :class:`DeepLab` on images and label PNGs, read and changed at random in threads."""
 
     net: DeepLab
-    folder: VOCFolder
+    folder: DataFolder
     ids: Sequence[str]
     labels: Path
     size: int
@@ -155,7 +156,7 @@ class SegmentTraining(Training):
 
 
 def write_prediction(
-    net: DeepLab, folder: VOCFolder, image_id: str, out: Path, how: PredictConfig, crf: CRFConfig
+    net: DeepLab, folder: DataFolder, image_id: str, out: Path, how: PredictConfig, crf: CRFConfig
 ) -> None:
     """Label one image, at its own size, as a palette PNG in `out`."""
     image = torch.from_numpy(folder.image(image_id)).permute(2, 0, 1)
