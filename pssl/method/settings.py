@@ -118,9 +118,9 @@ class SegmenterConfig(BackboneConfig):
     """"largefov": DeepLab v1's, which most WSSS papers report; "v3plus": v3+'s pyramid and decoder."""
     dim: int = 256
     """Channels of the head (v3+: 256; LargeFOV: 1024)."""
-    rates: Integers = (12,)
-    """Dilations of the head: one for largefov (12 at stride 8, DeepLab v1), one a branch for v3plus (6,12,18 at stride
-    16)."""
+    rates: Integers = (6,)
+    """Dilations of the head: one for largefov (DeepLab v1: 12 at stride 8; 6: a quarter of the embedded set's images at
+    stride 4), one a branch for v3plus (6,12,18 at stride 16)."""
     dropout: float = 0.5
     """Share of the head's channels that training drops (DeepLab v1)."""
 
