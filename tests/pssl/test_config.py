@@ -54,7 +54,7 @@ def test_lists_take_commas_and_blanks():
         ("schedule: {batch_size: many}", "schedule.batch_size expected int, got 'many'"),
         (
             "model: {backbone: vgg}",
-            "model.backbone expected one of ('small', 'efficientnet_lite0'), got 'vgg'",
+            "model.backbone expected one of ('small', 'efficientnet_lite0', 'resnet38d', 'timm'), got 'vgg'",
         ),
         ("arms: [rmc]", "arms: expected names from classifier"),
         ("- 1", "expected a mapping of keys to values, got list"),
