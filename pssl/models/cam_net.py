@@ -99,19 +99,21 @@ class CamNet(nn.Module):
 
     def forward(self, inputs: Tensor) -> CamOutput:  # [B,3,H,W] normalised, or [B,channels,h,w]
         """Features and CAM of normalised images, or of the backbone's (cached) activations."""
+        return self.head(self.activations(inputs))
+
+    def activations(self, inputs: Tensor) -> Tensor:  # as forward
+        """What the head reads, [B,channels,h,w] in the type of its weights. Constant if the backbone is frozen."""
         if inputs.shape[1] == 3:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 inputs = self.backbone(inputs)
-        return self.head(inputs)
-
-    def head(self, activations: Tensor) -> CamOutput:  # [B,channels,h,w]
-        """Features and CAM from the backbone's activations."""
-        activations = activations.to(self.embed.weight.dtype)
+        inputs = inputs.to(self.embed.weight.dtype)
         if self.standardise:
             scale = self.channel_std.reciprocal()
-            activations = torch.addcmul(
-                (-self.channel_mean * scale)[:, None, None], activations, scale[:, None, None]
-            )
+            inputs = torch.addcmul((-self.channel_mean * scale)[:, None, None], inputs, scale[:, None, None])
+        return inputs
+
+    def head(self, activations: Tensor) -> CamOutput:  # [B,channels,h,w], from `activations`
+        """Features and CAM from the backbone's activations."""
         features = self.embed(self.dropout(activations)).relu()
         return CamOutput(features, self.classifier(features) * self.logit_scale)
 
