@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from pssl.cli import Floats, Integers, Names
+from pssl.data.open import Layout
 
 ARMS = ("classifier", "classifier_long", "rcm", "mam", "rcm+mam")
 """What can be trained: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1 followed
@@ -37,14 +38,28 @@ class DataConfig:
     """Which images, and how large they are shown to the network."""
 
     root: Path | None = None
-    """Folder in VOC layout. None: the embedded synthetic set, written once to the cache folder."""
+    """Folder in VOC's layout, or COCO's. None: the embedded synthetic set, written once to the cache folder."""
+    layout: Layout = "auto"
+    """"voc": JPEGImages, SegmentationClass, ImageSets; "coco": annotations/instances_SPLIT.json and image folders;
+    "auto": COCO's where there are such annotations."""
     variant: Literal["parts", "uniform"] = "parts"
     """Variant of the embedded set. "parts": objects have a small discriminative part and a plain body, which is
     where CAMs fail; "uniform": objects are discriminative all over (the control)."""
     train_split: str = "train"
-    """ImageSets split to train on (VOC's name)."""
+    """Split to train on: a list of ImageSets/Segmentation (VOC), an annotation file's name (COCO: train2014), or the
+    path of a list that ends in .txt and names images, or files: "JPEGImages/a.jpg SegmentationClassAug/a.png"."""
     val_split: str = "val"
-    """ImageSets split held out (VOC's name)."""
+    """Split held out, named likewise."""
+    labels: str = "auto"
+    """Image-level labels: "main" (ImageSets/Main), "annotations" (XML), "auto" (XML where it is there, else Main;
+    COCO: its objects), or a file: .csv, or the cls_labels.npy of AffinityNet and IRN, which is not unpickled."""
+    masks: str = "SegmentationClass"
+    """VOC's folder of ground-truth masks; SegmentationClassAug for those of SBD (Hariharan et al. 2011)."""
+    classes: Path | None = None
+    """File of class names, one a line, line k being region k. None: the folder's classes.txt, else found in it."""
+    check: Literal["headers", "decode", "nothing"] = "headers"
+    """What is looked at before training: whether files are there, whole and of one size ("headers": first and last
+    bytes; "decode": every pixel). Images that are not are named and left out."""
     size: int = 96
     """Side in pixels of the square that images are resized to. 96: the embedded set's own size."""
     zoom: Floats = (1.0, 1.25)

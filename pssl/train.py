@@ -16,7 +16,7 @@ import torch
 
 from pssl.cli import parse, to_yaml
 from pssl.config import TrainConfig
-from pssl.data.voc import VOCFolder
+from pssl.data.open import DataFolder
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
 from pssl.engine.checkpoint import write_text
@@ -27,7 +27,7 @@ from pssl.engine.loop import Stage, run_stage
 from pssl.engine.pictures import draw_comparison
 from pssl.engine.results import commit, summarise, to_csv, to_table, versions
 from pssl.engine.scoring import Scorer
-from pssl.engine.workspace import build_inputs, new_net, open_data, resolve_device, save_net
+from pssl.engine.workspace import build_inputs, new_net, open_data, resolve_device, save_net, usable_images
 from pssl.method.losses import Objective
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
@@ -38,9 +38,11 @@ class Experiment:
     """The data of a run, opened once for all seeds and arms."""
 
     config: TrainConfig
-    folder: VOCFolder
+    folder: DataFolder
     inputs: dict[str, Inputs]
     """By role: "train", "val"."""
+    scored: dict[str, frozenset[str]]
+    """By role, the images that have a mask to be scored by."""
     device: torch.device
     log: Log
 
@@ -52,7 +54,8 @@ class Experiment:
     def scored_indices(self, role: str) -> list[int]:
         """The images of a role that are scored: all, or an even selection of the training images."""
         limit = self.config.evaluation.train_images if role == "train" else None
-        return even_selection(len(self.inputs[role].ids), limit)
+        having = [i for i, image_id in enumerate(self.inputs[role].ids) if image_id in self.scored[role]]
+        return [having[i] for i in even_selection(len(having), limit)]
 
 
 def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Experiment:
@@ -60,12 +63,18 @@ def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Expe
     folder = open_data(config.data)
     net = new_net(config.model, len(folder.classes), config.seed_list[0], log.say).to(device)
     scales = {1.0, *config.inference.scales, *config.method.support.scales, *config.method.mam.scales}
-    inputs = {}
+    inputs, scored = {}, {}
     for role, split in (("train", config.data.train_split), ("val", config.data.val_split)):
-        ids = folder.ids(split)
+        images = usable_images(folder, split, config.data.check, log)
+        ids, scored[role] = images.ids, images.scored
+        if not scored[role]:
+            raise ValueError(
+                f"{folder.root}, split {split}: expected masks to score by (and pick thresholds on), found none; "
+                "is data.masks right?"
+            )
         inputs[role] = build_inputs(folder, ids, net, config.data, config.model, scales, log)
         log.say(f"{role}: {len(ids)} images of {folder.name}, split {split}, {len(folder.classes)} classes")
-    return Experiment(config, folder, inputs, device, log)
+    return Experiment(config, folder, inputs, scored, device, log)
 
 
 def train_stage(
@@ -195,10 +204,11 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
 def draw_pictures(experiment: Experiment, nets: dict[str, CamNet], out: Path) -> None:
     """Image, truth, the classifier's CAM and the CAM of the fullest arm, for a few held-out images."""
     config, folder, inputs = experiment.config, experiment.folder, experiment.inputs["val"]
-    count = min(config.pictures, len(inputs.ids))
+    having = experiment.scored_indices("val")
+    count = min(config.pictures, len(having))
     if not count:
         return
-    indices = [i * len(inputs.ids) // count for i in range(count)]
+    indices = [having[i] for i in even_selection(len(having), count)]
     shown = [arm for arm in ("classifier_long", "classifier") if arm in nets][:1]
     shown += [arm for arm in ("rcm+mam", "rcm", "mam") if arm in nets][:1]
     readings = [

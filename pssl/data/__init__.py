@@ -1,9 +1,13 @@
-"""Data: VOC-layout folders, image-level labels, the embedded synthetic set, training transforms."""
+"""Data: folders in VOC's or COCO's layout, image-level labels, the embedded synthetic set, training transforms."""
 
 from typing import TYPE_CHECKING, Any
 
 from .cache import cache_dir
+from .check import check_images, check_labels
+from .coco import COCOFolder
 from .image_labels import from_annotations, from_image_sets, resolve_image_labels
+from .label_files import labels_from_file, write_label_csv
+from .open import DataFolder, open_folder
 from .palette import colour_labels, voc_palette, write_label_png
 from .synthetic import SyntheticConfig, ensure_synthetic, write_synthetic
 from .voc import BODY, IGNORE, PART, VOCFolder
@@ -25,20 +29,27 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "PART",
+    "COCOFolder",
+    "DataFolder",
     "SyntheticConfig",
     "VOCFolder",
     "cache_dir",
+    "check_images",
+    "check_labels",
     "colour_labels",
     "ensure_synthetic",
     "from_annotations",
     "from_image_sets",
+    "labels_from_file",
     "multi_scale",
     "normalise",
+    "open_folder",
     "random_flip",
     "random_resized_crop",
     "resolve_image_labels",
     "to_float",
     "voc_palette",
+    "write_label_csv",
     "write_label_png",
     "write_synthetic",
 ]

@@ -1,4 +1,4 @@
-"""Image-level labels of a VOC 2012 folder, from ImageSets/Main or from Annotations.
+"""Image-level labels of a VOC 2012 folder, from ImageSets/Main, from Annotations, or from a file of their own.
 
 An image has a class when any object of it is there, *difficult* ones included: in ImageSets/Main that is the
 value 0 as well as 1, in Annotations every ``<object>`` whatever its ``<difficult>``. This is how the label
@@ -9,16 +9,20 @@ difficult object is drawn in VOC's segmentation masks like any other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from xml.etree import ElementTree
 from xml.parsers import expat
 
 import numpy as np
 
+from .label_files import labels_from_file
+
 __all__ = [
     "LabelSource",
+    "ListedImage",
     "annotation_objects",
+    "check_id",
     "class_files",
     "from_annotations",
     "from_image_sets",
@@ -26,30 +30,58 @@ __all__ = [
     "resolve_image_labels",
 ]
 
-LabelSource = Literal["auto", "main", "annotations"]
+LabelSource = str
+""""auto", "main", "annotations", or the path of a .csv or .npy file."""
 
 STANDARD_SPLITS = ("train", "val", "trainval", "test")
 MAX_XML_BYTES = 4 << 20  # VOC's largest annotation has 30 kB; anything far above is not one
 
 
-def read_list(path: Path) -> list[str]:
-    """Image ids of a list file, the first word of each line, in order. Raises for what is not an id.
+@dataclass(frozen=True)
+class ListedImage:
+    """A line of a list: the image's id, and the files of image and mask where the list names them."""
 
-    FileNotFoundError where the file is missing; ValueError, naming file and line, for an id with a path
-    separator or a leading dot (ids become file names) and for an id that stands there twice.
+    id: str
+    image: str | None = None
+    mask: str | None = None
+
+
+def check_id(image_id: str, where: str) -> None:
+    """ValueError unless an image id can be a file name: no path separator, no leading dot."""
+    if not image_id or "/" in image_id or "\\" in image_id or image_id.startswith("."):
+        raise ValueError(f"{where}: expected an image id such as 2007_000032, got {image_id!r}")
+
+
+def read_list(path: Path) -> list[ListedImage]:
+    """The images of a list file, in order: an id a line, or files as the lists of SBD's train_aug name them.
+
+    A line is ``2007_000032``, whatever follows, or ``/JPEGImages/a.jpg /SegmentationClassAug/a.png``, image and (if
+    there) mask, below the data folder; the id is then the image's file name. Raises FileNotFoundError where the list is
+    missing; ValueError, naming file and line, for an id that is no file name, a path that leaves the data folder, and
+    for an id that stands there twice.
     """
-    ids: dict[str, int] = {}
+    found: dict[str, ListedImage] = {}
+    lines: dict[str, int] = {}
     for number, fields in _rows(path):
-        if "/" in fields[0] or "\\" in fields[0] or fields[0].startswith("."):
-            raise ValueError(
-                f"{path}, line {number}: expected an image id such as 2007_000032, got {fields[0]!r}"
-            )
-        if fields[0] in ids:
-            raise ValueError(
-                f"{path}, line {number}: image {fields[0]!r} is already on line {ids[fields[0]]}"
-            )
-        ids[fields[0]] = number
-    return list(ids)
+        where = f"{path}, line {number}"
+        image = mask = None
+        image_id = fields[0]
+        if Path(fields[0]).suffix.lower() in (".jpg", ".jpeg", ".png"):
+            image, mask = _inside(fields[0], where), _inside(fields[1], where) if len(fields) > 1 else None
+            image_id = Path(image).stem
+        check_id(image_id, where)
+        if image_id in found:
+            raise ValueError(f"{where}: image {image_id!r} is already on line {lines[image_id]}")
+        found[image_id], lines[image_id] = ListedImage(image_id, image, mask), number
+    return list(found.values())
+
+
+def _inside(name: str, where: str) -> str:
+    """A path below the data folder, without the leading slash that these lists have."""
+    inner = name.lstrip("/")
+    if not inner or ".." in Path(inner).parts or "\\" in inner:
+        raise ValueError(f"{where}: expected a file below the data folder, got {name!r}")
+    return inner
 
 
 def _rows(path: Path) -> Iterable[tuple[int, list[str]]]:
@@ -200,16 +232,20 @@ def resolve_image_labels(
 ) -> np.ndarray:
     """Labels uint8 [N,K] of `ids`, in `classes`' order, from the source asked for.
 
-    "main" and "annotations" are `from_image_sets` and `from_annotations`. "auto" (default) takes an image's
-    annotation where there is one, as peers do, and ImageSets/Main for the others. Raises FileNotFoundError
-    for images with neither, naming them and both places; ValueError for another `source`.
+    "main" and "annotations" are `from_image_sets` and `from_annotations`, a .csv or .npy file `labels_from_file`.
+    "auto" (default) takes an image's annotation where there is one, as peers do, and ImageSets/Main for the others.
+    Raises FileNotFoundError for images with neither, naming them and both places; ValueError for another `source`.
     """
     if source == "main":
         return from_image_sets(root, ids, classes)
     if source == "annotations":
         return from_annotations(root, ids, classes)
+    if Path(source).suffix in (".csv", ".npy"):
+        return labels_from_file(Path(source), ids, classes)
     if source != "auto":
-        raise ValueError(f"label source must be 'auto', 'main' or 'annotations', got {source!r}")
+        raise ValueError(
+            f"label source must be 'auto', 'main', 'annotations' or a .csv or .npy file, got {source!r}"
+        )
     root = Path(root)
     annotated = [(root / "Annotations" / f"{image_id}.xml").is_file() for image_id in ids]
     with_xml = [row for row, there in enumerate(annotated) if there]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from .voc import VOCFolder
+from .check import check_images
+from .open import DataFolder
 
 __all__ = ["FolderSummary", "print_summary", "summarise"]
 
@@ -18,7 +18,7 @@ SHOWN_PROBLEMS = 20
 
 @dataclass
 class FolderSummary:
-    """Counts and problems of a `VOCFolder`."""
+    """Counts and problems of a data folder."""
 
     images: dict[str, int] = field(default_factory=dict)
     """Images by split."""
@@ -30,17 +30,16 @@ class FolderSummary:
     """Missing files, damaged files, labels that cannot be read: one line each, naming the file."""
 
 
-def summarise(folder: VOCFolder, *, decode: bool = False) -> FolderSummary:
-    """Read every split of `folder`; with `decode` also decode every image, mask and part map.
+def summarise(folder: DataFolder, splits: Sequence[str] = (), *, decode: bool = False) -> FolderSummary:
+    """Read `splits` of `folder` (default: all that it has); with `decode` also decode every image and mask.
 
-    Without `decode`, files are opened only as far as their headers: that they exist, are images, and that
-    image and mask are of one size. Nothing found wrong is raised; it is listed in `problems`. A missing mask
-    is a problem only in splits where some image has one.
+    Nothing found wrong is raised; it is listed in `problems`, as `check_images` finds it. A missing mask is a problem
+    only in splits where some image has one.
     """
     summary = FolderSummary()
     members: dict[str, set[str]] = {}
     checked: set[str] = set()
-    for split in folder.splits:
+    for split in splits or folder.splits:
         try:
             ids = folder.ids(split)
         except (OSError, ValueError) as error:
@@ -52,11 +51,13 @@ def summarise(folder: VOCFolder, *, decode: bool = False) -> FolderSummary:
             summary.class_images[split] = folder.image_labels(ids).sum(0, dtype=int).tolist()
         except (OSError, ValueError) as error:
             summary.problems.append(str(error))
-        with_masks = any(folder.mask_path(image_id).is_file() for image_id in ids)
-        for image_id in ids:
-            if image_id not in checked:
-                checked.add(image_id)
-                summary.problems += _check(folder, image_id, with_masks, decode)
+        paths = [folder.mask_path(image_id) for image_id in ids]
+        with_masks = any(path is None or path.is_file() for path in paths)
+        fresh = [image_id for image_id in ids if image_id not in checked]
+        checked.update(fresh)
+        summary.problems += check_images(
+            folder, fresh, masks=with_masks, decode=decode, compare=decode
+        ).lines()
     for first in members:
         for second in members:
             if first < second and members[first] & members[second]:
@@ -65,40 +66,10 @@ def summarise(folder: VOCFolder, *, decode: bool = False) -> FolderSummary:
     return summary
 
 
-def _check(folder: VOCFolder, image_id: str, with_masks: bool, decode: bool) -> list[str]:
-    problems = []
-    paths = [folder.image_path(image_id)] + ([folder.mask_path(image_id)] if with_masks else [])
-    sizes = []
-    for path in paths:
-        try:
-            sizes.append(_size(path))
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-    if len(sizes) == 2 and sizes[0] != sizes[1]:
-        problems.append(f"{paths[1]}: expected the image's {sizes[0]} pixels (width, height), got {sizes[1]}")
-    if decode and not problems:
-        for read in (folder.image, *((folder.mask, folder.parts) if with_masks else ())):
-            try:
-                read(image_id)
-            except (OSError, ValueError) as error:
-                problems.append(str(error))
-    return problems
-
-
-def _size(path: Path) -> tuple[int, int]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except OSError:
-        raise ValueError(f"{path}: not an image") from None
-
-
-def print_summary(folder: VOCFolder, summary: FolderSummary, console: Console | None = None) -> None:
+def print_summary(folder: DataFolder, summary: FolderSummary, console: Console | None = None) -> None:
     """Print `summary` as a table of classes and splits, the overlaps, and the first problems."""
     console = console or Console()
-    console.print(f"{folder.root}: {folder.num_classes} classes", highlight=False, markup=False)
+    console.print(f"{folder.root}: {len(folder.classes)} classes", highlight=False, markup=False)
     table = Table("region", "class", *summary.images, title="Images with the class")
     for index, name in enumerate(folder.classes):
         counts = [
@@ -111,8 +82,15 @@ def print_summary(folder: VOCFolder, summary: FolderSummary, console: Console | 
     console.print(table)
     for (first, second), count in summary.overlap.items():
         console.print(f"{first} and {second} share {count} images", markup=False)
-    if "train" in summary.images and "val" in summary.images and ("train", "val") not in summary.overlap:
-        console.print("train and val share no image")
+    apart = [
+        (first, second)
+        for first in summary.images
+        for second in summary.images
+        if "train" in first and "val" in second and "train" not in second and "val" not in first
+    ]
+    for first, second in apart:
+        if tuple(sorted((first, second))) not in summary.overlap:
+            console.print(f"{first} and {second} share no image", markup=False, highlight=False)
     for problem in summary.problems[:SHOWN_PROBLEMS]:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
     hidden = len(summary.problems) - SHOWN_PROBLEMS

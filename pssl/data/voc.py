@@ -9,9 +9,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .image_labels import LabelSource, annotation_objects, class_files, read_list, resolve_image_labels
+from .image_labels import (
+    LabelSource,
+    ListedImage,
+    annotation_objects,
+    class_files,
+    read_list,
+    resolve_image_labels,
+)
 
-__all__ = ["BODY", "IGNORE", "PART", "VOCFolder"]
+__all__ = ["BODY", "IGNORE", "PART", "VOCFolder", "load_image"]
 
 IGNORE = 255  # mask and part-map value of pixels that count for nothing
 PART, BODY = 1, 2  # values of `VOCFolder.parts`
@@ -26,6 +33,7 @@ class VOCFolder:
         label_source: where image-level labels come from, see `resolve_image_labels`; default "auto".
         masks: the folder of ground-truth masks, default VOC's ``SegmentationClass``; ``SegmentationClassAug``
             for SBD's.
+        classes: a file of class names, one a line; default: found in the folder.
 
     Needed: ``JPEGImages``, ``ImageSets/Segmentation`` with at least one list, and class names. The names come
     from ``classes.txt`` in the root (one a line, line k is region k), else from
@@ -36,11 +44,18 @@ class VOCFolder:
     """
 
     def __init__(
-        self, root: str | Path, *, label_source: LabelSource = "auto", masks: str = "SegmentationClass"
+        self,
+        root: str | Path,
+        *,
+        label_source: LabelSource = "auto",
+        masks: str = "SegmentationClass",
+        classes: Path | None = None,
     ) -> None:
         self.root = Path(root)
         self.label_source = label_source
         self._masks = masks
+        self._classes_file = classes
+        self._listed: dict[str, ListedImage] = {}
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such data folder (expected one in VOC 2012's layout)")
         missing = [
@@ -73,8 +88,10 @@ class VOCFolder:
         return f"VOCFolder({str(self.root)!r}, {self.num_classes} classes, splits {', '.join(self.splits)})"
 
     def _find_classes(self) -> tuple[str, ...]:
-        listed = self.root / "classes.txt"
-        if listed.is_file():
+        listed = self._classes_file or self.root / "classes.txt"
+        if self._classes_file is not None or listed.is_file():
+            if not listed.is_file():
+                raise FileNotFoundError(f"{listed}: no such file of class names")
             names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
             where = str(listed)
         else:
@@ -98,28 +115,36 @@ class VOCFolder:
         return tuple(names)
 
     def ids(self, split: str) -> list[str]:
-        """Image ids of ``ImageSets/Segmentation/<split>.txt``, in the file's order.
+        """Image ids of ``ImageSets/Segmentation/<split>.txt``, or of a list file elsewhere, in the file's order.
 
-        Raises ValueError for a split that the folder does not have, or a list that `read_list` refuses.
+        A `split` that ends in ".txt" is a file's path; its lines may name files (`read_list`), which `image` and `mask`
+        then read. Raises ValueError for a split that the folder does not have, or a list that `read_list` refuses.
         """
-        if split not in self.splits:
+        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if split.endswith(".txt"):
+            path = Path(split)
+        elif split not in self.splits:
             raise ValueError(
-                f"{self.root}: no split {split!r}; ImageSets/Segmentation has {', '.join(self.splits)}"
+                f"{self.root}: no split {split!r}; ImageSets/Segmentation has {', '.join(self.splits)}; "
+                "a list elsewhere is named by its path, which ends in .txt"
             )
-        return read_list(self.root / "ImageSets" / "Segmentation" / f"{split}.txt")
+        entries = read_list(path)
+        self._listed.update({entry.id: entry for entry in entries if entry.image is not None})
+        return [entry.id for entry in entries]
 
     def image_path(self, image_id: str) -> Path:
-        """The image's file, whether it exists or not."""
-        return self.root / "JPEGImages" / f"{image_id}.jpg"
+        """The image's file, whether it exists or not: what a list named, else ``JPEGImages/<id>.jpg``."""
+        listed = self._listed.get(image_id)
+        return self.root / (listed.image if listed and listed.image else f"JPEGImages/{image_id}.jpg")
 
     def mask_path(self, image_id: str) -> Path:
-        """The ground-truth mask's file, whether it exists or not."""
-        return self.root / self._masks / f"{image_id}.png"
+        """The ground-truth mask's file, whether it exists or not: what a list named, else that of the mask folder."""
+        listed = self._listed.get(image_id)
+        return self.root / (listed.mask if listed and listed.mask else f"{self._masks}/{image_id}.png")
 
     def image(self, image_id: str) -> np.ndarray:
         """The image, uint8 [H,W,3] RGB. FileNotFoundError where missing, ValueError where damaged."""
-        with _open(self.image_path(image_id)) as picture:
-            return _load(self.image_path(image_id), picture, "RGB")
+        return load_image(self.image_path(image_id))
 
     def mask(self, image_id: str) -> np.ndarray:
         """Ground truth uint8 [H,W]: 0 background, 1..K as in `classes`, 255 ignore.
@@ -162,6 +187,12 @@ class VOCFolder:
                 f"{path}: expected labels 0..{highest} and {IGNORE}, got {wrong[:5]} "
                 f"({int(counts[wrong].sum())} pixels)"
             )
+
+
+def load_image(path: Path) -> np.ndarray:
+    """An image file's pixels, uint8 [H,W,3] RGB. FileNotFoundError where missing, ValueError where damaged."""
+    with _open(path) as picture:
+        return _load(path, picture, "RGB")
 
 
 def _open(path: Path) -> Image.Image:

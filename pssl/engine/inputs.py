@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pssl.data.open import DataFolder
 from pssl.data.transforms import random_flip, random_resized_crop, to_float
-from pssl.data.voc import VOCFolder
 from pssl.engine.feature_cache import ActivationSet, resized
 
 
@@ -30,7 +30,7 @@ class Inputs(Protocol):
         """Inputs of these images as they are, or mirrored."""
 
 
-def load_square_images(folder: VOCFolder, ids: Sequence[str], size: int) -> Tensor:
+def load_square_images(folder: DataFolder, ids: Sequence[str], size: int) -> Tensor:
     """Images resized (bilinear with antialiasing) to size x size, uint8 [N,3,size,size]."""
     images = torch.empty(len(ids), 3, size, size, dtype=torch.uint8)
     for index, image_id in enumerate(ids):

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from pssl.cli import from_dict, to_dict
 from pssl.config import DataConfig, ModelConfig
 from pssl.data.cache import cache_dir
+from pssl.data.check import check_images, check_labels
+from pssl.data.open import DataFolder, open_folder
 from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
 from pssl.data.voc import VOCFolder
 from pssl.engine import checkpoint
@@ -34,14 +37,56 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def open_data(config: DataConfig) -> VOCFolder:
-    """The VOC-layout folder of the configuration; the embedded set is written first if need be."""
+def open_data(config: DataConfig) -> DataFolder:
+    """The data folder of the configuration; the embedded set is written first if need be."""
     if config.root is not None:
-        return VOCFolder(config.root)
+        return open_folder(
+            config.root,
+            layout=config.layout,
+            labels=config.labels,
+            masks=config.masks,
+            classes=config.classes,
+        )
     if is_first():
         ensure_synthetic(None, SyntheticConfig(variant=config.variant))
     wait()
     return VOCFolder(ensure_synthetic(None, SyntheticConfig(variant=config.variant)))
+
+
+@dataclass(frozen=True)
+class UsableImages:
+    """The images of a split that can be used: `ids` to be shown to a network, `scored` those of them with a mask."""
+
+    ids: list[str]
+    scored: frozenset[str]
+
+
+def usable_images(
+    folder: DataFolder, split: str, check: Literal["headers", "decode", "nothing"], log: Log
+) -> UsableImages:
+    """The images of `split` that can be used; the others are named in the log, with what is wrong with each.
+
+    An image is left out whose file is missing, damaged or without image-level labels; one without a sound mask is
+    trained on, but not scored. Raises ValueError if nothing is left.
+    """
+    ids = folder.ids(split)
+    if check == "nothing":
+        return UsableImages(ids, frozenset(ids))
+    found = check_images(folder, ids, masks=True, decode=check == "decode")
+    unlabelled = check_labels(folder, [i for i in ids if i not in found.images])
+    with_masks = [image_id for image_id in ids if image_id not in found.masks]
+    lines = [*(line for lines in found.images.values() for line in lines), *unlabelled.values()]
+    if with_masks:  # a split without any mask has none on purpose
+        lines += [line for lines in found.masks.values() for line in lines]
+    for line in lines:
+        log.say(f"problem: {line}")
+    kept = [image_id for image_id in ids if image_id not in found.images and image_id not in unlabelled]
+    if len(kept) < len(ids) or lines:
+        scored = len(set(kept) & set(with_masks))
+        log.say(f"{split}: {len(kept)} of {len(ids)} images are left, {scored} of them with a mask")
+    if not kept:
+        raise ValueError(f"{folder.root}, split {split}: expected images, got none that can be used")
+    return UsableImages(kept, frozenset(with_masks))
 
 
 def weights_path(config: ModelConfig) -> Path | None:
@@ -86,7 +131,7 @@ def new_net(config: ModelConfig, classes: int, seed: int, say: Callable[[str], N
 
 
 def build_inputs(
-    folder: VOCFolder,
+    folder: DataFolder,
     ids: Sequence[str],
     net: CamNet,
     data: DataConfig,

@@ -10,6 +10,8 @@ from PIL import Image
 
 from pssl.data import (
     VOCFolder,
+    check_images,
+    check_labels,
     from_annotations,
     from_image_sets,
     resolve_image_labels,
@@ -47,8 +49,12 @@ def voc(tmp_path: Path) -> Path:
     for number, image_id in enumerate(IDS):
         pixels = rng.integers(0, 256, (20, 30 + number, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "JPEGImages" / f"{image_id}.jpg")
-        write_label_png(tmp_path / "SegmentationClass" / f"{image_id}.png", pixels[..., 0] % 4)
         names = [name for name, members in PRESENT.items() if number in members]
+        regions = np.array(
+            [0, *(region for region, name in enumerate(PRESENT, 1) if name in names)], np.uint8
+        )
+        mask = regions[pixels[..., 0] % len(regions)]
+        write_label_png(tmp_path / "SegmentationClass" / f"{image_id}.png", mask)
         (tmp_path / "Annotations" / f"{image_id}.xml").write_text(annotation(*names))
     for split, members in {"train": IDS[:2], "val": IDS[2:], "trainval": IDS}.items():
         plain = "".join(f"{image_id}\n" for image_id in members)
@@ -71,7 +77,7 @@ def test_reads_a_folder(voc: Path) -> None:
     assert (folder.name, folder.root, folder.num_classes) == (voc.name, voc, 3)
     image, mask = folder.image(IDS[1]), folder.mask(IDS[1])
     assert (image.shape, image.dtype) == ((20, 31, 3), np.uint8)
-    assert (mask.shape, mask.dtype, set(np.unique(mask))) == ((20, 31), np.uint8, {0, 1, 2, 3})
+    assert (mask.shape, mask.dtype, set(np.unique(mask))) == ((20, 31), np.uint8, {0, 1, 3})
     assert image.flags.writeable
     assert folder.parts(IDS[0]) is None
     np.testing.assert_array_equal(folder.image_labels(IDS), EXPECTED)
@@ -130,6 +136,52 @@ def test_splits_and_ids_are_checked(voc: Path) -> None:
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match=r"val\.txt: expected UTF-8"):
         folder.ids("val")
+
+
+def test_lists_elsewhere_may_name_files(voc: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """SBD's train_aug: image and mask by their paths below the folder."""
+    (voc / "SegmentationClassAug").mkdir()
+    mask = np.full((20, 30), 3, np.uint8)
+    Image.fromarray(mask).save(voc / "SegmentationClassAug" / f"{IDS[0]}.png")  # grey, as SBD's masks come
+    path = tmp_path_factory.mktemp("lists") / "train_aug.txt"
+    lines = [f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png" for i in IDS[:2]]
+    path.write_text("\n".join(lines) + f"\nJPEGImages/{IDS[2]}.jpg\n")
+    folder = VOCFolder(voc)
+    assert folder.ids(str(path)) == IDS
+    assert folder.mask_path(IDS[0]) == voc / "SegmentationClassAug" / f"{IDS[0]}.png"
+    assert folder.image_path(IDS[0]).is_file() and folder.mask_path(IDS[2]).is_file()
+    np.testing.assert_array_equal(folder.mask(IDS[0]), mask)
+    assert VOCFolder(voc, masks="SegmentationClassAug").mask(IDS[0]).max() == 3
+    for wrong in ("/JPEGImages/../../secret.jpg", "/JPEGImages/a.jpg ../m.png", "/JPEGImages/.jpg", "/.jpg"):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=r"train_aug\.txt, line 1: expected"):
+            folder.ids(str(path))
+    with pytest.raises(FileNotFoundError):
+        folder.ids(str(path.with_name("none.txt")))
+
+
+def test_classes_of_a_file(voc: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("classes") / "own.txt"
+    path.write_text("train\npotted_plant\ncat\n")
+    assert VOCFolder(voc, classes=path).classes == ("train", "potted_plant", "cat")
+    with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file of class names"):
+        VOCFolder(voc, classes=path.with_name("none.txt"))
+
+
+def test_check_tells_what_can_be_used(voc: Path) -> None:
+    folder = VOCFolder(voc)
+    image = folder.image_path(IDS[0])
+    whole = image.read_bytes()
+    assert not check_images(folder, IDS, masks=True).lines() and not check_labels(folder, IDS)
+    image.write_bytes(whole + b"\0" * 100)  # cameras append
+    assert not check_images(folder, IDS, masks=True).lines()
+    image.write_bytes(whole[:-40])
+    found = check_images(folder, IDS, masks=True)
+    assert list(found.images) == [IDS[0]] and not found.masks and "whole image file" in found.lines()[0]
+    folder.mask_path(IDS[1]).write_bytes(b"none")
+    (voc / "Annotations" / f"{IDS[2]}.xml").write_text("<annotation>")
+    found = check_images(folder, IDS, masks=True)
+    assert list(found.masks) == [IDS[1]] and list(check_labels(folder, IDS)) == [IDS[2]]
 
 
 def test_damaged_images_and_masks_are_named(voc: Path) -> None:
@@ -191,7 +243,7 @@ def test_label_sources(voc: Path) -> None:
         from_image_sets(voc, ["other"], classes)
     with pytest.raises(FileNotFoundError, match="no list of class 'dog'"):
         from_image_sets(voc, IDS, ["dog"])
-    with pytest.raises(ValueError, match="must be 'auto', 'main' or 'annotations', got 'guess'"):
+    with pytest.raises(ValueError, match=r"must be 'auto', 'main', 'annotations' or a .* file, got 'guess'"):
         resolve_image_labels(voc, IDS, classes, "guess")
 
 
@@ -225,6 +277,13 @@ def test_summary_finds_problems(voc: Path) -> None:
     folder = VOCFolder(voc)
     clean = summarise(folder, decode=True)
     assert clean.problems == []
+    path = folder.root / "Annotations" / f"{IDS[2]}.xml"
+    whole = path.read_text()
+    path.write_text(annotation("cat"))
+    (problem,) = summarise(folder, decode=True).problems
+    assert f"{IDS[2]}.png: shows potted_plant, which the image-level labels do not name" in problem
+    assert summarise(folder).problems == []
+    path.write_text(whole)
     assert clean.images == {"train": 2, "trainval": 3, "val": 1}
     assert clean.class_images["trainval"] == [2, 1, 1]
     assert clean.overlap == {("train", "trainval"): 2, ("trainval", "val"): 1}
@@ -237,7 +296,7 @@ def test_summary_finds_problems(voc: Path) -> None:
     assert f"{IDS[0]}.png: no such file" in problems[0]
     assert "expected the image's (31, 20) pixels (width, height), got (4, 3)" in problems[1]
     assert "expected a whole image file" in problems[2]
-    assert len(summarise(folder).problems) == 2
+    assert summarise(folder).problems == problems, "a truncated image shows in its last bytes"
 
 
 def test_summary_command(voc: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -122,6 +123,38 @@ def test_cam_files_score_as_training_said(tiny_config, tmp_path, readout):
         for key in ("miou", "iou", "curve", "activation", "best_threshold_on_this_split", "images"):
             assert scored[key] == said[key], key
         assert json.loads((folder / "scores.json").read_text())["miou"] == said["miou"]
+
+
+def test_images_that_cannot_be_used_are_named_and_left_out(tiny_config, tmp_path):
+    root = tmp_path / "damaged"
+    shutil.copytree(tiny_config.data.root, root)
+    folder = VOCFolder(root)
+    train_ids, val_ids = folder.ids("train"), folder.ids("val")
+    folder.image_path(train_ids[0]).unlink()
+    path = folder.image_path(train_ids[1])
+    path.write_bytes(path.read_bytes()[:-100])
+    folder.mask_path(train_ids[2]).unlink()
+    folder.mask_path(val_ids[0]).unlink()
+    tiny_config.data.root, tiny_config.arms = root, ("classifier",)
+    log = quiet()
+    metrics = train.run(tiny_config, log)
+    said = log.console.file.getvalue()
+    for path in (
+        folder.image_path(train_ids[0]),
+        folder.mask_path(train_ids[2]),
+        folder.mask_path(val_ids[0]),
+    ):
+        assert f"problem: {path}: no such file" in said
+    assert f"problem: {folder.image_path(train_ids[1])}: expected a whole image file" in said
+    assert "train: 14 of 16 images are left, 13 of them with a mask" in said
+    assert "val: 6 of 6 images are left, 5 of them with a mask" in said
+    scores = metrics["runs"][0]["arms"]["classifier"]["readouts"]["cam"]
+    assert metrics["data"]["train"]["images"] == 14
+    assert (scores["train"]["images"], scores["val"]["images"]) == (13, 5)
+    for image_id in val_ids:
+        folder.mask_path(image_id).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="split val: expected masks to score by"):
+        train.run(tiny_config, quiet())
 
 
 def test_checkpoint_of_other_classes_is_refused(tiny_config, photographs, tmp_path):

@@ -1,0 +1,67 @@
+"""Data folders of any layout by one name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from .coco import COCOFolder
+from .voc import VOCFolder
+
+__all__ = ["DataFolder", "Layout", "open_folder"]
+
+Layout = Literal["auto", "voc", "coco"]
+
+
+class DataFolder(Protocol):
+    """What training and evaluation ask of a folder; `VOCFolder` says what each answer means."""
+
+    root: Path
+    splits: tuple[str, ...]
+    classes: tuple[str, ...]
+    name: str
+    has_parts: bool
+
+    def ids(self, split: str) -> list[str]: ...
+
+    def image_path(self, image_id: str) -> Path: ...
+
+    def mask_path(self, image_id: str) -> Path | None: ...
+
+    def image(self, image_id: str) -> np.ndarray: ...
+
+    def mask(self, image_id: str) -> np.ndarray: ...
+
+    def parts(self, image_id: str) -> np.ndarray | None: ...
+
+    def image_labels(self, ids: Iterable[str]) -> np.ndarray: ...
+
+
+def open_folder(
+    root: str | Path,
+    *,
+    layout: Layout = "auto",
+    labels: str = "auto",
+    masks: str = "SegmentationClass",
+    classes: Path | None = None,
+) -> DataFolder:
+    """The folder at `root`.
+
+    Args:
+        layout: "voc", "coco", or "auto": COCO's where there is ``annotations/instances_*.json``, else VOC's.
+        labels: image-level labels: "auto", "main", "annotations" (`resolve_image_labels`) or a .csv or .npy file
+            (`labels_from_file`). COCO knows "auto", its annotations, and files.
+        masks: VOC only: the folder of ground-truth masks.
+        classes: VOC only: a file of class names, one a line.
+    """
+    root = Path(root)
+    if layout == "auto":
+        layout = "coco" if any((root / "annotations").glob("instances_*.json")) else "voc"
+    if layout == "coco":
+        if labels in ("main", "annotations"):
+            raise ValueError(f"data.labels: COCO's folder has 'auto' or a label file, got {labels!r}")
+        return COCOFolder(root, label_file=None if labels == "auto" else Path(labels))
+    return VOCFolder(root, label_source=labels, masks=masks, classes=classes)
