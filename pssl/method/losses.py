@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pssl.config import MethodConfig
 from pssl.method.mam import mam_loss
+from pssl.method.ppc import ppc_loss
 from pssl.method.rcm import RCM
+from pssl.method.seam import seam_loss
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
 
@@ -22,7 +24,7 @@ def classification_loss(logits: Tensor, image_labels: Tensor) -> Tensor:  # [B,K
 
 
 class Objective(nn.Module):
-    """Classification, and RCM and MAM where they are switched on.
+    """Classification, and the terms that are switched on.
 
     Args:
         config: weights and settings of the terms.
@@ -31,15 +33,31 @@ class Objective(nn.Module):
         size: side of the square training images, which is the label grid's.
         rcm: include RCM.
         mam: include MAM.
+        seam: include SEAM; MainNet needs its pixel correlation module.
+        ppc: include PPC, which builds on SEAM.
     """
 
     def __init__(
-        self, config: MethodConfig, classes: int, dim: int, size: int, *, rcm: bool = False, mam: bool = False
+        self,
+        config: MethodConfig,
+        classes: int,
+        dim: int,
+        size: int,
+        *,
+        rcm: bool = False,
+        mam: bool = False,
+        seam: bool = False,
+        ppc: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.rcm = RCM(classes, dim, size, config.rcm) if rcm else None
         self.mam = mam
+        if ppc and not seam:
+            raise ValueError("Objective: ppc needs seam, whose refined CAMs it reads")
+        self.seam, self.ppc = seam, ppc
+        side = max(round(size * config.seam.scale), 1)
+        self.second_size = (side, side)
 
     @property
     def needs_support(self) -> bool:
@@ -49,7 +67,8 @@ class Objective(nn.Module):
     @property
     def main_scales(self) -> tuple[float, ...]:
         """Scales that MainNet sees; 1 is always one of them."""
-        return tuple(sorted({1.0, *(self.config.mam.scales if self.mam else ())}))
+        second = (self.config.seam.scale,) if self.seam else ()
+        return tuple(sorted({1.0, *second, *(self.config.mam.scales if self.mam else ())}))
 
     @property
     def support_scales(self) -> tuple[float, ...]:
@@ -75,7 +94,18 @@ class Objective(nn.Module):
         seen = {scale: main(inputs[scale]) for scale in self.main_scales}
         centre = seen[1.0]
         losses = {"classification": classification_loss(main.logits(centre.cam), image_labels)}
+        if self.seam:
+            second = seen[config.seam.scale]
+            # Both views are classified, as SEAM's are.
+            smaller = classification_loss(main.logits(second.cam), image_labels)
+            losses["classification"] = (losses["classification"] + smaller) / 2
         total = config.classification_weight * losses["classification"]
+        if self.seam:
+            losses["seam"] = seam_loss(centre, second, image_labels, self.second_size, config.seam)
+            total = total + config.seam.weight * losses["seam"]
+        if self.ppc:
+            losses["ppc"] = ppc_loss(centre, second, image_labels, config.ppc)
+            total = total + config.ppc.weight * losses["ppc"]
         if self.needs_support:
             target = {scale: support(inputs[scale]) for scale in self.support_scales}
             support_cams = [target[scale].cam for scale in config.support.scales]
