@@ -93,11 +93,11 @@ void read_masks(const Tensor& tensor, int64_t b, const Axis<T>& ys, const Axis<T
           Rows{&tensor}.read(b, c, ys.index[y], 0, w, upper.get());
           Rows{&tensor}.read(b, c, std::min(ys.index[y] + 1, h - 1), 0, w, lower.get());
           const T t = ys.fraction[y];
-          for (int64_t x = 0; x < w; ++x) upper[x] = (T(1) - t) * upper[x] + t * lower[x];
+          for (int64_t x = 0; x < w; ++x) upper[x] = refine_blend(upper[x], lower[x], t);
           upper[w] = upper[w - 1];
           for (int64_t x = 0; x < masks.W; ++x) {
             const T* at = &upper[xs.index[x]];
-            row[x] = (T(1) - xs.fraction[x]) * at[0] + xs.fraction[x] * at[1];
+            row[x] = refine_blend(at[0], at[1], xs.fraction[x]);
           }
         }
         masks.replicate_border(c, y);
@@ -157,14 +157,10 @@ class Affinities {
     for (int64_t c = 0; c < kRefineChannels; ++c) factor[c] = colour_factor(rows + c * N, here[c], x);
     Vec<T> largest = {}, total = {};
     for (int64_t n = 0; n < N; ++n) {
-      Vec<T> sum = {};
-      for (int64_t c = 0; c < kRefineChannels; ++c) {
-        const Vec<T> scaled = (load(rows[c * N + n] + x) - load(here[c] + x)) * factor[c];
-        sum += scaled * scaled;
-      }
-      sum *= T(-1.0 / kRefineChannels);
-      store(logits + n * L, sum);
-      largest = n == 0 ? sum : larger<T>(largest, sum);
+      const Vec<T> logit = refine_logit<T, Vec<T>>(
+          factor, [&](int64_t c) { return load(rows[c * N + n] + x) - load(here[c] + x); });
+      store(logits + n * L, logit);
+      largest = n == 0 ? logit : larger<T>(largest, logit);
     }
     for (int64_t n = 0; n < N; ++n) {
       const Vec<T> e = exp_nonpositive<T>(load(logits + n * L) - largest);
@@ -175,23 +171,13 @@ class Affinities {
     for (int64_t n = 0; n < N; ++n) store(out + n * ld_, load(logits + n * L) * inverse + T(s_.position[n]));
   }
 
-  // The spread of a channel's neighbours, from differences to the pixel itself: exactly 0 where all colours are equal.
-  // Sums are taken dilation by dilation, which rounds less than one sum of all.
   Vec<T> colour_factor(const T* const* rows, const T* here, int64_t x) const {
     const int64_t N = s_.size();
     const Vec<T> own = load(here + x);
-    auto sum_of = [&](auto f) {
-      Vec<T> total = {};
-      for (int64_t first = 0; first < N; first += kRefineDirections) {
-        Vec<T> sum = {};
-        for (int64_t n = first; n < first + kRefineDirections; ++n) sum += f(load(rows[n] + x) - own);
-        total += sum;
-      }
-      return total;
-    };
-    const Vec<T> mean = sum_of([](Vec<T> d) { return d; }) * T(1.0 / double(N));
     alignas(64) T squares[kLanes<T>];
-    store(squares, sum_of([&](Vec<T> d) { return (d - mean) * (d - mean); }));
+    store(squares, refine_squares<T, Vec<T>>(N / kRefineDirections, [&](int64_t j, int i) {
+            return load(rows[j * kRefineDirections + i] + x) - own;
+          }));
     for (T& value : squares) value = refine_colour_factor(value, N, T(s_.colour_scale));
     return load(squares);
   }
@@ -245,16 +231,7 @@ Tensor refine(const Tensor& images, const Tensor& masks, const Settings& setting
 
 Tensor pixel_refine_cpu(const Tensor& images, const Tensor& masks, const std::vector<int64_t>& dilations,
                         int64_t iterations, double colour_scale, double position_weight) {
-  STD_TORCH_CHECK(
-      images.dim() == 4 && images.size(1) == kRefineChannels && images.size(2) > 0 && images.size(3) > 0, kOp,
-      ": images must be [B,3,H,W]");
-  STD_TORCH_CHECK(
-      masks.dim() == 4 && masks.size(0) == images.size(0) && masks.size(2) > 0 && masks.size(3) > 0, kOp,
-      ": masks must be [B,k,h,w]");
-  STD_TORCH_CHECK(!dilations.empty() && *std::min_element(dilations.begin(), dilations.end()) >= 1, kOp,
-                  ": dilations must be at least 1");
-  STD_TORCH_CHECK(iterations >= 1 && colour_scale > 0, kOp,
-                  ": iterations must be at least 1 and colour_scale greater than 0");
+  check_refine(kOp, images, masks, dilations, iterations, colour_scale);
   const Settings settings(dilations, colour_scale, position_weight);
   return with_accumulation({images.scalar_type(), masks.scalar_type()}, [&](auto zero) {
     return refine<decltype(zero)>(images, masks, settings, iterations);

@@ -47,6 +47,12 @@ PSSL_HD inline int64_t first_output(int64_t index, int64_t in_size, int64_t out_
   return begin;
 }
 
+// a for t = 0, b for t = 1. The same bits wherever it is compiled: there is nothing that a compiler may contract.
+template <class T>
+PSSL_HD inline T blend(T a, T b, T t) {
+  return std::fma(t, b - a, a);
+}
+
 // Identity 1. For two features f0, f1 with squared norms a0, a1 and inner product r,
 // |(1-t) f0 + t f1|^2 = (1-t)^2 a0 + t^2 a1 + 2 t (1-t) r. Applied along y to each column (a: norms, r: lower
 // neighbour) and then along x it gives the squared norm between four cells from five maps on the feature grid.
@@ -63,6 +69,15 @@ PSSL_HD inline T blend_product(T right0, T right1, T diagonals, T t) {
   T s = T(1) - t;
   return s * s * right0 + t * t * right1 + s * t * diagonals;
 }
+
+// The derivatives of blend_squared by a0, a1 and r.
+template <class T>
+struct SquareWeights {
+  T first, second, product;
+
+  PSSL_HD explicit SquareWeights(T t)
+      : first((T(1) - t) * (T(1) - t)), second(t * t), product(T(2) * (T(1) - t) * t) {}
+};
 
 // 1 / sqrt(squared), and 0 for a feature that counts as zero. Gram maps can round to a negative square: zero as well.
 template <class T>

@@ -1,10 +1,12 @@
 """The training objective: which passes a step makes, and which losses it takes from them.
 
 Every scale is passed once. SupportNet's scale 1 serves its CAMs and the prototypes; MainNet's scale 1 serves
-classification, RCM and MAM.
+classification, RCM and MAM. A frozen backbone's activations serve both networks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ from pssl.method.ppc import ppc_loss
 from pssl.method.rcm import RCM
 from pssl.method.seam import seam_loss
 from pssl.method.support import SupportNet
-from pssl.models.cam_net import CamNet
+from pssl.models.cam_net import CamNet, CamOutput
+
+TERMS = ("classification", "rcm", "mam", "seam", "ppc")
 
 
 def classification_loss(logits: Tensor, image_labels: Tensor) -> Tensor:  # [B,K], [B,K]
@@ -90,33 +94,54 @@ class Objective(nn.Module):
         image_labels: Tensor,  # [B,K]
     ) -> dict[str, Tensor]:
         """The losses by name; "total" is their weighted sum."""
+        see, aim = main, support
+        if main.frozen and support is not None:
+            # what lies before the heads has no gradient and is the same for both: taken once
+            inputs = {scale: main.activations(inputs[scale]) for scale in self.scales}
+            see, aim = main.head, support.head
+        seen = {scale: see(inputs[scale]) for scale in self.main_scales}
+        target = {scale: aim(inputs[scale]) for scale in self.support_scales}
+        losses = self.terms(seen, target, image_labels)
+        losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
+        return losses
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss in the total."""
         config = self.config
-        seen = {scale: main(inputs[scale]) for scale in self.main_scales}
-        centre = seen[1.0]
-        losses = {"classification": classification_loss(main.logits(centre.cam), image_labels)}
-        if self.seam:
-            second = seen[config.seam.scale]
-            # Both views are classified, as SEAM's are.
-            smaller = classification_loss(main.logits(second.cam), image_labels)
-            losses["classification"] = (losses["classification"] + smaller) / 2
-        total = config.classification_weight * losses["classification"]
-        if self.seam:
-            losses["seam"] = seam_loss(centre, second, image_labels, self.second_size, config.seam)
-            total = total + config.seam.weight * losses["seam"]
-        if self.ppc:
-            losses["ppc"] = ppc_loss(centre, second, image_labels, config.ppc)
-            total = total + config.ppc.weight * losses["ppc"]
-        if self.needs_support:
-            target = {scale: support(inputs[scale]) for scale in self.support_scales}
-            support_cams = [target[scale].cam for scale in config.support.scales]
-            if self.rcm is not None:
-                losses["rcm"] = self.rcm(centre.features, target[1.0].features, support_cams, image_labels)
-                total = total + config.rcm.weight * losses["rcm"]
-            if self.mam:
-                main_cams = [seen[scale].cam for scale in config.mam.scales]
-                losses["mam"] = mam_loss(
-                    main_cams, support_cams, image_labels, tuple(centre.cam.shape[2:]), config.mam
-                )
-                total = total + config.mam.weight * losses["mam"]
-        losses["total"] = total
+        return {
+            "classification": config.classification_weight,
+            "rcm": config.rcm.weight,
+            "mam": config.mam.weight,
+            "seam": config.seam.weight,
+            "ppc": config.ppc.weight,
+        }
+
+    def terms(
+        self,
+        seen: dict[float, CamOutput],  # MainNet's outputs by scale
+        target: dict[float, CamOutput],  # SupportNet's
+        image_labels: Tensor,  # [B,K]
+        names: Container[str] = TERMS,
+    ) -> dict[str, Tensor]:
+        """The losses that are switched on and among `names`, without their weights."""
+        centre, losses = seen[1.0], {}
+        support_cams = [target[scale].cam for scale in self.config.support.scales if scale in target]
+        if "classification" in names:
+            # SEAM classifies both of its views.
+            views = [centre, seen[self.config.seam.scale]] if self.seam else [centre]
+            each = [classification_loss(CamNet.logits(view.cam), image_labels) for view in views]
+            losses["classification"] = sum(each) / len(each)
+        if "rcm" in names and self.rcm is not None:
+            losses["rcm"] = self.rcm(centre.features, target[1.0].features, support_cams, image_labels)
+        if "mam" in names and self.mam:
+            main_cams = [seen[scale].cam for scale in self.config.mam.scales]
+            losses["mam"] = mam_loss(
+                main_cams, support_cams, image_labels, tuple(centre.cam.shape[2:]), self.config.mam
+            )
+        if "seam" in names and self.seam:
+            second = seen[self.config.seam.scale]
+            losses["seam"] = seam_loss(centre, second, image_labels, self.second_size, self.config.seam)
+        if "ppc" in names and self.ppc:
+            losses["ppc"] = ppc_loss(centre, seen[self.config.seam.scale], image_labels, self.config.ppc)
         return losses

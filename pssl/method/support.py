@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -39,9 +40,17 @@ class SupportNet(nn.Module):
     @torch.no_grad()
     def forward(self, inputs: torch.Tensor) -> CamOutput:  # as CamNet.forward
         """Features and CAM in eval mode, without gradient."""
+        return self._in_eval_mode(self.net, inputs)
+
+    @torch.no_grad()
+    def head(self, activations: torch.Tensor) -> CamOutput:  # as CamNet.head
+        """The same from activations that MainNet and this network have in common."""
+        return self._in_eval_mode(self.net.head, activations)
+
+    def _in_eval_mode(self, call: Callable[[torch.Tensor], CamOutput], inputs: torch.Tensor) -> CamOutput:
         training = self.net.training
         self.net.eval()
-        output = self.net(inputs)
+        output = call(inputs)
         self.net.train(training)
         return output
 

@@ -125,25 +125,28 @@ class CamNet(nn.Module):
         """Features and CAM of normalised images, or of the backbone's (cached) activations."""
         if self.pixel_correlation is not None and not self.frozen:
             activations, low = self.backbone.read(inputs)
-            return self.head(activations, low, inputs)
+            return self.head(activations.to(self.embed.weight.dtype), low, inputs)
+        return self.head(self.activations(inputs))
+
+    def activations(self, inputs: Tensor) -> Tensor:  # as forward
+        """What the head reads, [B,channels,h,w] in the type of its weights. Constant if the backbone is frozen."""
         if inputs.shape[1] == 3:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 inputs = self.backbone(inputs)
-        return self.head(inputs)
+        inputs = inputs.to(self.embed.weight.dtype)
+        if self.standardise:
+            scale = self.channel_std.reciprocal()
+            inputs = torch.addcmul((-self.channel_mean * scale)[:, None, None], inputs, scale[:, None, None])
+        return inputs
 
     def head(
         self,
-        activations: Tensor,  # [B,channels,h,w]
-        low: tuple[Tensor, ...] | None = None,  # earlier activations; None: a frozen backbone's
-        images: Tensor | None = None,  # [B,3,H,W]
+        activations: Tensor,  # [B,channels,h,w], from `activations`
+        low: tuple[Tensor, ...]
+        | None = None,  # the backbone's earlier activations; None: the last ones in their place
+        images: Tensor | None = None,  # [B,3,H,W] normalised
     ) -> CamOutput:
         """Features and CAM, and refined scores if there is a module for them, from the backbone's activations."""
-        activations = activations.to(self.embed.weight.dtype)
-        if self.standardise:
-            scale = self.channel_std.reciprocal()
-            activations = torch.addcmul(
-                (-self.channel_mean * scale)[:, None, None], activations, scale[:, None, None]
-            )
         features = self.embed(self.dropout(activations)).relu()
         cam = self.classifier(features) * self.logit_scale
         if self.pixel_correlation is None:

@@ -22,6 +22,8 @@ RUNS = {
     "suite": (["-m", "not slow", "-k", "not test_op_planted and not number_of_threads"], {}),
     "one_processor": (["-k", SUBSET], {"PROCESSORS": "1", "SEED": "2"}),
     "large_device": (["-k", SUBSET], {"PROCESSORS": "132", "SHARED": str(227 << 10), "SEED": "3"}),
+    # chunks of 8 channels, and coefficients of some classes at a time
+    "small_tiles": (["-k", "prototype_ and test_every_dtype"], {"SHARED": str(34 << 10), "SEED": "5"}),
     "little_shared_memory": (["-k", f"cam_sweep and ({SUBSET})"], {"SHARED": "2000", "SEED": "4"}),
 }
 

@@ -3,13 +3,12 @@
 The generic tests compare kernels with the exact sums, which they approximate; here they are held to what they compute.
 """
 
-import warnings
-
 import lattice
 import numpy as np
 import oracle
 import pytest
 import torch
+from peers import crf as crf_peer
 from torch.nn import functional as F
 
 from pssl_ext import backends, dense_crf
@@ -165,38 +164,17 @@ def test_the_reference_refuses_large_images(monkeypatch):
 
 
 @native
+@pytest.mark.skipif(crf_peer.why_not() is not None, reason=f"the peer: {crf_peer.why_not()}")
 @pytest.mark.parametrize("number", range(4))
 def test_labels_agree_with_pydensecrf_on_photographs(photographs, number):
     """All 21 classes, and those of the image alone, from ground truth that was blurred and disturbed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        densecrf = pytest.importorskip("pydensecrf.densecrf", reason="the peer: pip install pydensecrf2")
-    from PIL import Image
-
-    masks = sorted((photographs / "SegmentationClass").glob("*.png"))
-    path = masks[number * len(masks) // 4]
-    image = np.array(Image.open(photographs / "JPEGImages" / f"{path.stem}.jpg").convert("RGB"))
-    mask = torch.from_numpy(np.array(Image.open(path)).astype(np.int64)) % 255
-    g = torch.Generator().manual_seed(number)
-    rough = F.avg_pool2d(F.one_hot(mask, 21).movedim(-1, 0)[None].float(), 16, ceil_mode=True)
-    scores = F.interpolate(
-        4 * rough + 0.7 * torch.randn(rough.shape, generator=g), size=mask.shape, mode="bilinear"
-    )
-    few = sorted({0, 1, *mask.unique().tolist()})
-    for probabilities in (scores.softmax(1), scores[:, few].softmax(1)):
-        found = dense_crf(torch.from_numpy(image).movedim(-1, 0)[None], probabilities)[0]
-        expected = pydensecrf_inference(densecrf, image, probabilities[0].numpy())
-        changed = (found.argmax(0) != probabilities[0].argmax(0)).float().mean()
-        agreement = (found.argmax(0).numpy() == expected.argmax(0)).mean()
-        assert changed > 0.01, "nothing to agree about"
-        assert agreement >= 0.995, f"{path.stem}: {100 * agreement:.2f} % of the labels agree"
-        assert np.abs(found.numpy() - expected).mean() < 1e-3
-
-
-def pydensecrf_inference(densecrf, image, probabilities):  # [H,W,3], [C,H,W] -> [C,H,W]
-    c, h, w = probabilities.shape
-    crf = densecrf.DenseCRF2D(w, h, c)
-    crf.setUnaryEnergy(np.ascontiguousarray(-np.log(probabilities.clip(1e-5, 1)).reshape(c, -1)))
-    crf.addPairwiseGaussian(sxy=3, compat=3)
-    crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=np.ascontiguousarray(image), compat=10)
-    return np.array(crf.inference(10)).reshape(c, h, w)
+    images, classes = crf_peer.photograph(photographs, number)
+    every = crf_peer.disturbed(classes, 21, seed=number)
+    few = sorted({0, 1, *classes.unique().tolist()})
+    alone = every[:, few] / every[:, few].sum(1, keepdim=True)
+    for probabilities in (every, alone):
+        found, expected = dense_crf(images, probabilities), crf_peer.crf(images, probabilities)
+        assert crf_peer.labels_agree(found, probabilities) < 0.99, "nothing to agree about"
+        agreement = crf_peer.labels_agree(found, expected)
+        assert agreement >= crf_peer.LEAST_AGREEMENT, f"{100 * agreement:.2f} % of the labels agree"
+        assert float((found - expected).abs().mean()) < 1e-3

@@ -216,3 +216,23 @@ def test_classification_loss_is_the_soft_margin():
     logits = torch.randn(4, 3)
     expected = -(labels() * F.logsigmoid(logits) + (1 - labels()) * F.logsigmoid(-logits)).mean()
     torch.testing.assert_close(classification_loss(logits, labels()), expected)
+
+
+@pytest.mark.parametrize("mode", ["ema", "shared"])
+def test_a_frozen_backbone_passes_each_scale_once(mode):
+    """And what it gives serves both networks as if each had passed it itself."""
+    torch.manual_seed(0)
+    main = build_cam_net("small", 3, dim=8, width=16, frozen=True).train()
+    main.set_channel_statistics(torch.rand(16), 1 + torch.rand(16))
+    support = SupportNet(main, mode)
+    objective = Objective(MethodConfig(), 3, 8, 24, rcm=True, mam=True)
+    images = inputs(objective.scales)
+    passed = []
+    main.backbone.register_forward_hook(lambda module, args, output: passed.append(args[0].shape[-1]))
+    losses = objective(main, support, images, labels())
+    assert sorted(passed) == [12, 24, 36, 48]
+    seen = {scale: main(images[scale]) for scale in objective.main_scales}
+    target = {scale: support(images[scale]) for scale in objective.support_scales}
+    objective.rcm.memory = PrototypeMemory(4, 8, objective.config.rcm.memory)
+    for name, loss in objective.terms(seen, target, labels()).items():
+        assert torch.equal(loss, losses[name]), name

@@ -1,0 +1,95 @@
+"""The goals of the operators (goals.yaml beside the scripts), met or missed by a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .measure import PASSES, Result
+
+GOALS = Path(__file__).resolve().parents[1] / "goals.yaml"
+AGAINST = ("times_faster_than", "memory_of")
+OF = ("copy_bandwidth", "launches", "seconds")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``kind``: "times_faster_than" and "memory_of" name providers, the best of which counts; "copy_bandwidth" is the
+    share of it, "launches" and "seconds" are of a call. The bound is ``at_least`` or ``at_most``."""
+
+    problem: str
+    device: str
+    work: str
+    kind: str
+    providers: tuple[str, ...] = ()
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __str__(self) -> str:
+        peers = " and ".join(self.providers)
+        bound = "≥" if self.at_most is None else "≤"
+        value = self.at_least if self.at_most is None else self.at_most
+        return {
+            "times_faster_than": f"{bound} {value:g} × as fast as {peers}",
+            "copy_bandwidth": f"{bound} {value:.0%} of the copy bandwidth",
+            "launches": f"{bound} {value:g} launches",
+            "memory_of": f"{bound} {value:.0%} of the extra memory of {peers}",
+            "seconds": f"{bound} {1e6 * value:g} µs",
+        }[self.kind]
+
+    def measured(self, results: list[Result]) -> float | None:
+        """Its figure in ``results``; None where these do not hold it."""
+        here = {r.provider: r for r in results if (r.problem, r.work) == (self.problem, self.work)}
+        own = next((r for r in here.values() if r.ours), None)
+        peers = [here[p] for p in self.providers if p in here]
+        if own is None or (self.providers and not peers):
+            return None
+        if self.kind == "times_faster_than":
+            return min(r.ratio for r in peers)
+        if self.kind == "memory_of":
+            return own.extra_bytes / max(min(r.extra_bytes for r in peers), 1)
+        return {"copy_bandwidth": own.copy_share, "launches": own.launches, "seconds": own.p50}[self.kind]
+
+    def met(self, value: float) -> bool:
+        return value >= self.at_least if self.at_most is None else value <= self.at_most
+
+
+def load_goals(path: Path = GOALS) -> list[Goal]:
+    """The goals of a file; errors name the entry."""
+    return [
+        _goal(dict(entry), problem, device, f"{path.name}: {device}, {problem}")
+        for device, problems in yaml.safe_load(path.read_text()).items()
+        for problem, entries in problems.items()
+        for entry in entries
+    ]
+
+
+def _goal(entry: dict, problem: str, device: str, where: str) -> Goal:
+    kinds = [k for k in AGAINST if k in entry] or [entry.pop("of", None)]
+    if len(kinds) != 1 or kinds[0] not in AGAINST + OF:
+        raise ValueError(
+            f"{where}: expected one of {', '.join(AGAINST)}, or of: {' | '.join(OF)}, got {kinds}"
+        )
+    providers = tuple(entry.pop(kinds[0], ()))
+    work = entry.pop("work", PASSES[1])
+    if work not in PASSES:
+        raise ValueError(f"{where}: work expected one of {', '.join(PASSES)}, got {work!r}")
+    if len(entry) != 1 or not entry.keys() <= {"at_least", "at_most"}:
+        raise ValueError(f"{where}: expected at_least or at_most, got {sorted(entry)}")
+    return Goal(problem, device, work, kinds[0], providers, **entry)
+
+
+def verdicts(goals: list[Goal], results: list[Result], device: str) -> list[dict]:
+    """For each goal of the device that the results can judge: what was measured, and whether that meets it."""
+    found = []
+    for goal in goals:
+        value = goal.measured(results) if goal.device == device else None
+        if value is not None:
+            found.append(
+                dict(
+                    problem=goal.problem, work=goal.work, goal=str(goal), measured=value, met=goal.met(value)
+                )
+            )
+    return found
