@@ -41,6 +41,9 @@ class Stage:
     seed: int
     state_path: Path | None = None
     """Training state is kept here after every epoch; None keeps none."""
+    refresh: Callable[[Stage], None] | None = None
+    """Called before the first step of every `refresh_epochs`-th epoch but the first."""
+    refresh_epochs: int = 0
     seconds: float = field(default=0.0, init=False)
     """Time spent training, resumed time included."""
 
@@ -101,6 +104,8 @@ def run_stage(stage: Stage, *, resume: bool = False, on_step: OnStep | None = No
     device = next(stage.net.parameters()).device
     for epoch in range(first, stage.epochs):
         begin = time.perf_counter()
+        if stage.refresh is not None and epoch and epoch % stage.refresh_epochs == 0:
+            stage.refresh(stage)
         stage.net.train()
         for number, batch in enumerate(epoch_batches(stage, epoch)):
             step = epoch * stage.steps_per_epoch + number

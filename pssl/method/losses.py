@@ -105,14 +105,18 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses that are switched on and among `names`, without their weights."""
         centre, losses = seen[1.0], {}
-        support_cams = [target[scale].cam for scale in self.config.support.scales if scale in target]
+        aims = [target[scale] for scale in self.config.support.scales if scale in target]
         if "classification" in names:
             losses["classification"] = classification_loss(CamNet.logits(centre.cam), image_labels)
         if "rcm" in names and self.rcm is not None:
-            losses["rcm"] = self.rcm(centre.features, target[1.0].features, support_cams, image_labels)
+            losses["rcm"] = self.rcm(centre.features, target[1.0].features, aims, image_labels)
         if "mam" in names and self.mam:
             main_cams = [seen[scale].cam for scale in self.config.mam.scales]
             losses["mam"] = mam_loss(
-                main_cams, support_cams, image_labels, tuple(centre.cam.shape[2:]), self.config.mam
+                main_cams,
+                [aim.cam for aim in aims],
+                image_labels,
+                tuple(centre.cam.shape[2:]),
+                self.config.mam,
             )
         return losses
