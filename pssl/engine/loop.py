@@ -55,19 +55,20 @@ class Stage:
         return self.steps_per_epoch * self.epochs
 
 
+HEAD = ("classifier.", "pixel_correlation.")
+"""Prefixes of the parameters that train at the rate of the head."""
+
+
 def build_optimizer(net: CamNet, lr: float, schedule: ScheduleConfig) -> torch.optim.AdamW:
-    """AdamW with a higher rate for the CAM layer and weight decay on matrices and kernels only.
+    """AdamW with a higher rate for the CAM layer (and SEAM's module) and weight decay on matrices and kernels only.
 
     Each group keeps its peak rate in "peak_lr"; the schedule scales that.
     """
     groups = []
+    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     for is_head in (False, True):
         for decays in (False, True):
-            parameters = [
-                p
-                for name, p in net.named_parameters()
-                if p.requires_grad and name.startswith("classifier.") == is_head and (p.ndim > 1) == decays
-            ]
+            parameters = [p for n, p in trained if n.startswith(HEAD) == is_head and (p.ndim > 1) == decays]
             if parameters:
                 peak = lr * (schedule.head_lr_factor if is_head else 1.0)
                 decay = schedule.weight_decay if decays else 0.0
