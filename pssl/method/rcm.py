@@ -111,11 +111,11 @@ class RCM(nn.Module):
         self.register_buffer("anchor_valid", torch.zeros(self.num_regions, dtype=torch.bool))
         self.anchored = False
 
-    def get_extra_state(self) -> bool:
+    def get_extra_state(self) -> Tensor:
         """Whether masks come from the readout: kept with the buffers, and known without asking the device."""
-        return self.anchored
+        return torch.tensor(self.anchored)
 
-    def set_extra_state(self, state: bool) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """The inverse of :meth:`get_extra_state`."""
         self.anchored = bool(state)
 
