@@ -21,8 +21,21 @@ from pssl.cli import Floats, Integers, Names
 from pssl.data.open import Layout
 
 ARMS = ("classifier", "classifier_long", "rcm", "mam", "rcm+mam")
-"""What can be trained: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1 followed
-by training with RCM, MAM or both."""
+"""What is trained by default: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1
+followed by training with RCM, MAM or both."""
+
+TERMS_OF_ARM: dict[str, tuple[str, ...]] = {
+    "classifier": (),
+    "classifier_long": (),
+    "rcm": ("rcm",),
+    "mam": ("mam",),
+    "rcm+mam": ("rcm", "mam"),
+    "pssl": ("rcm", "mam"),
+    "seam": ("seam",),
+    "ppc": ("seam", "ppc"),
+}
+"""The terms beside classification in the loss of each arm that can be asked for. "pssl" is the paper's name of rcm+mam;
+"seam" (Wang et al. 2020) and "ppc" (Du et al. 2022, on top of SEAM) are baselines from the same stage 1."""
 
 RECIPE_OF_BACKBONE = {
     "small": "synthetic",
@@ -68,8 +81,8 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Backbone and CAM head."""
+class BackboneConfig:
+    """Which backbone, and what of it is trained."""
 
     backbone: Literal["small", "efficientnet_lite0", "resnet38d", "timm"] = "small"
     """"small": a conv-BN network of stride 4 trained from scratch; "efficientnet_lite0": ImageNet weights, stride
@@ -86,13 +99,19 @@ class ModelConfig:
     fixed: Literal["nothing", "norms", "early"] = "nothing"
     """What of a backbone that is trained stays as its weights have it. "norms": its batch norms (IRN's and SEAM's
     training; small batches have poor statistics); "early": also its stem, and ResNet-38's first stage (both)."""
+    width: int = 64
+    """Channels of the small backbone. Measured on the embedded set."""
+
+
+@dataclass
+class ModelConfig(BackboneConfig):
+    """Backbone and CAM head."""
+
     dropout: float = 0.0
     """Share of the backbone's output channels that training drops: 0.5 in AffinityNet and SEAM, 0 in IRN."""
     frozen: bool = False
     """Keep the backbone fixed. Its activations are then computed once, for all scales and flips, and cached on
     disk."""
-    width: int = 64
-    """Channels of the small backbone. Measured on the embedded set."""
     dim: int = 64
     """Embedding channels D. The paper's networks have more; 64 was measured on the embedded set, 256 on photographs."""
     logit_scale: float = 20.0
@@ -101,7 +120,26 @@ class ModelConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class OptimizerConfig:
+    """AdamW and the course of its learning rate."""
+
+    batch_size: int = 16
+    """Images a step, over all ranks together."""
+    lr: float = 2e-3
+    """Peak learning rate of the backbone (in stage 1 of pssl.train). Measured on the embedded set."""
+    head_lr_factor: float = 5.0
+    """Learning rate of the last layers (and of SEAM's module) over that of the backbone: WSSS code commonly uses 10;
+    measured 5."""
+    weight_decay: float = 5e-4
+    """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
+    poly_power: float = 0.9
+    """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
+    warmup: float = 0.05
+    """Share of a stage's steps over which the learning rate rises linearly from 0."""
+
+
+@dataclass
+class ScheduleConfig(OptimizerConfig):
     """Optimiser and how long each stage runs."""
 
     classifier_epochs: int = 30
@@ -109,20 +147,8 @@ class ScheduleConfig:
     change by less than seeds differ, and what the arms add to them doubles."""
     arm_epochs: int = 4
     """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
-    batch_size: int = 16
-    """Images a step, over all ranks together."""
-    lr: float = 2e-3
-    """Peak learning rate of the backbone in stage 1 (AdamW). Measured on the embedded set."""
-    head_lr_factor: float = 5.0
-    """Learning rate of the CAM layer over that of the backbone: WSSS code commonly uses 10; measured 5."""
     arm_lr_factor: float = 0.5
     """Learning rate of the arms over that of stage 1. Measured on the embedded set."""
-    weight_decay: float = 5e-4
-    """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
-    poly_power: float = 0.9
-    """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
-    warmup: float = 0.05
-    """Share of a stage's steps over which the learning rate rises linearly from 0."""
 
 
 @dataclass
@@ -169,12 +195,44 @@ class MAMConfig:
 
 
 @dataclass
+class SEAMConfig:
+    """The baseline SEAM (Wang et al., CVPR 2020); values of its published training code."""
+
+    weight: float = 1.0
+    """Weight of equivariant regularisation, its cross form and the background term together (SEAM: 1)."""
+    scale: float = 0.3
+    """Scale of the second view (SEAM: 0.3)."""
+    hard_share: float = 0.2
+    """Share of the pixels, those that differ most, that the cross form looks at (SEAM: 0.2)."""
+
+
+@dataclass
+class PPCConfig:
+    """The baseline PPC, pixel-to-prototype contrast on SEAM (Du et al., CVPR 2022); values of its published code."""
+
+    weight: float = 0.1
+    """Weight of the contrast (PPC on SEAM: 0.1)."""
+    temperature: float = 0.1
+    """Temperature of the softmax over cosines (PPC: 0.1)."""
+    background: float = 0.2
+    """Score of the background beside the refined CAMs in 0..1 (PPC on SEAM: 0.2)."""
+    top_share: float = 0.125
+    """A prototype is the mean of a class's most confident pixels of the batch, this share of one image's grid in number
+    (PPC on SEAM: 1/8)."""
+    negatives: Floats = (3 / 21, 13 / 21)
+    """Prototypes that count against a pixel of its own view, as a range of their ranks by similarity (PPC: the 4th to
+    the 13th of 21)."""
+
+
+@dataclass
 class MethodConfig:
-    """The self-supervised terms."""
+    """The terms of the arms."""
 
     support: SupportConfig = field(default_factory=SupportConfig)
     rcm: RCMConfig = field(default_factory=RCMConfig)
     mam: MAMConfig = field(default_factory=MAMConfig)
+    seam: SEAMConfig = field(default_factory=SEAMConfig)
+    ppc: PPCConfig = field(default_factory=PPCConfig)
     classification_weight: float = 1.0
     """Weight of the classification loss in the arms (paper: 1)."""
 
@@ -216,7 +274,7 @@ class TrainConfig:
     out: Path = Path("runs/train")
     """Folder for everything the run leaves behind."""
     arms: Names = ARMS
-    """Arms to train and compare."""
+    """Arms to train and compare: classifier, classifier_long, rcm, mam, rcm+mam (or pssl, the same), seam, ppc."""
     seed: int = 0
     """Seed of weights, order, flips and crops. Same seed, same machine, same numbers."""
     seeds: Integers = ()
@@ -231,9 +289,11 @@ class TrainConfig:
     """Held-out images drawn into OUT/pictures."""
 
     def __post_init__(self) -> None:
-        unknown = [arm for arm in self.arms if arm not in ARMS]
+        unknown = [arm for arm in self.arms if arm not in TERMS_OF_ARM]
         if unknown:
-            raise ValueError(f"arms: expected names from {', '.join(ARMS)}, got {', '.join(unknown)}")
+            raise ValueError(f"arms: expected names from {', '.join(TERMS_OF_ARM)}, got {', '.join(unknown)}")
+        if len(set(self.arms)) != len(self.arms) or {"pssl", "rcm+mam"} <= set(self.arms):
+            raise ValueError(f"arms: expected each once (pssl is rcm+mam), got {', '.join(self.arms)}")
 
     @property
     def recipe_name(self) -> str:

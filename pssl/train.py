@@ -1,4 +1,4 @@
-"""Train a classifier, then RCM and MAM from the same weights, and compare: ``python -m pssl.train``.
+"""Train a classifier, then RCM, MAM and baselines from the same weights, and compare: ``python -m pssl.train``.
 
 Without arguments this runs on the embedded synthetic data. OUT (``--out``) holds afterwards: config.yaml (runs the
 same again), metrics.json, summary.csv, losses.csv, checkpoints/ and pictures/. With several seeds the last three
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pssl.cli import parse, to_yaml
-from pssl.config import TrainConfig
+from pssl.config import TERMS_OF_ARM, TrainConfig
 from pssl.data.open import DataFolder
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
@@ -27,7 +27,15 @@ from pssl.engine.loop import Stage, run_stage
 from pssl.engine.pictures import draw_comparison
 from pssl.engine.results import commit, summarise, to_csv, to_table, versions
 from pssl.engine.scoring import Scorer
-from pssl.engine.workspace import build_inputs, new_net, open_data, resolve_device, save_net, usable_images
+from pssl.engine.workspace import (
+    build_inputs,
+    new_net,
+    new_pixel_correlation,
+    open_data,
+    resolve_device,
+    save_net,
+    usable_images,
+)
 from pssl.method.losses import Objective
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
@@ -63,6 +71,8 @@ def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Expe
     folder = open_data(config.data)
     net = new_net(config.model, len(folder.classes), config.seed_list[0], log.say).to(device)
     scales = {1.0, *config.inference.scales, *config.method.support.scales, *config.method.mam.scales}
+    if any("seam" in TERMS_OF_ARM[arm] for arm in config.arms):
+        scales.add(config.method.seam.scale)
     inputs, scored = {}, {}
     for role, split in (("train", config.data.train_split), ("val", config.data.val_split)):
         images = usable_images(folder, split, config.data.check, log)
@@ -77,15 +87,16 @@ def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Expe
     return Experiment(config, folder, inputs, scored, device, log)
 
 
-def train_stage(
-    experiment: Experiment, name: str, net: CamNet, seed: int, out: Path, *, rcm: bool, mam: bool
-) -> Stage:
-    """Train `net` in place: stage 1 if `name` is "classifier", else an arm on top of it."""
+def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: Path) -> Stage:
+    """Train `net` in place: stage 1 if `name` is "classifier", else the arm of that name on top of it."""
     config = experiment.config
     schedule, first = config.schedule, name == "classifier"
-    objective = Objective(config.method, net.classes, net.dim, config.data.size, rcm=rcm, mam=mam).to(
-        experiment.device
-    )
+    terms = TERMS_OF_ARM[name]
+    if "seam" in terms:
+        new_pixel_correlation(net, seed)
+    objective = Objective(
+        config.method, net.classes, net.dim, config.data.size, **dict.fromkeys(terms, True)
+    ).to(experiment.device)
     support = None
     if objective.needs_support:
         support = SupportNet(net, config.method.support.mode, config.method.support.momentum)
@@ -107,8 +118,8 @@ def train_stage(
 
         def on_step(values: dict[str, float]) -> None:
             log.take_losses(f"{seed}/{name}", values)
-            terms = (f"{k} {values[k]:.3f}" for k in ("classification", "rcm", "mam") if k in values)
-            bar.reach(int(values["step"]) + 1, "  ".join(terms))
+            shown = (f"{k} {values[k]:.3f}" for k in ("classification", *terms) if k in values)
+            bar.reach(int(values["step"]) + 1, "  ".join(shown))
 
         run_stage(stage, resume=config.resume, on_step=on_step)
         bar.reach(stage.steps)  # epochs that were resumed count too
@@ -154,13 +165,13 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
     train_inputs = experiment.inputs["train"]
     if isinstance(train_inputs, ActivationInputs):
         stage1.set_channel_statistics(*train_inputs.channel_statistics())
-    first = train_stage(experiment, "classifier", stage1, seed, out, rcm=False, mam=False)
+    first = train_stage(experiment, "classifier", stage1, seed, out)
     arms, nets = {}, {}
     for arm in config.arms:
         net, stage = stage1, first
         if arm != "classifier":
             net = stage1.twin()
-            stage = train_stage(experiment, arm, net, seed, out, rcm="rcm" in arm, mam="mam" in arm)
+            stage = train_stage(experiment, arm, net, seed, out)
         prototypes = final_prototypes(
             net,
             train_inputs,
@@ -210,7 +221,7 @@ def draw_pictures(experiment: Experiment, nets: dict[str, CamNet], out: Path) ->
         return
     indices = [having[i] for i in even_selection(len(having), count)]
     shown = [arm for arm in ("classifier_long", "classifier") if arm in nets][:1]
-    shown += [arm for arm in ("rcm+mam", "rcm", "mam") if arm in nets][:1]
+    shown += [arm for arm in ("rcm+mam", "pssl", "rcm", "mam", "ppc", "seam") if arm in nets][:1]
     readings = [
         list(read_images(nets[arm], inputs, indices, lambda i: folder.mask(i).shape, config.inference, None))
         for arm in shown

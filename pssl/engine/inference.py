@@ -118,7 +118,7 @@ def _read_scale(
     passes = []
     for mirrored in (False, True) if flip else (False,):
         output = net(inputs.plain(batch, scale, mirrored))
-        maps = {"cam": output.cam.relu()}
+        maps = {"cam": output.maps}
         if prototypes is not None:
             maps["margin"] = prototype_margin(output.features, prototypes, labels.to(output.cam.device))
         passes.append({name: value.flip(3) if mirrored else value for name, value in maps.items()})

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from pssl.cli import from_dict, to_dict
-from pssl.config import DataConfig, ModelConfig
+from pssl.config import BackboneConfig, DataConfig, ModelConfig
 from pssl.data.cache import cache_dir
 from pssl.data.check import check_images, check_labels
 from pssl.data.open import DataFolder, open_folder
@@ -89,7 +89,7 @@ def usable_images(
     return UsableImages(kept, frozenset(with_masks))
 
 
-def weights_path(config: ModelConfig) -> Path | None:
+def weights_path(config: BackboneConfig) -> Path | None:
     """The backbone's weights file, None for a backbone that starts from random weights."""
     if config.weights is not None:
         return config.weights
@@ -128,6 +128,13 @@ def new_net(config: ModelConfig, classes: int, seed: int, say: Callable[[str], N
             f"model.{what}: expected a backbone with weights, got random ones; give --model.weights"
         )
     return net.to(memory_format=torch.channels_last)
+
+
+def new_pixel_correlation(net: CamNet, seed: int) -> None:
+    """Give `net` SEAM's module with weights drawn by `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "pixel correlation"))
+        net.add_pixel_correlation()
 
 
 def build_inputs(
@@ -199,6 +206,7 @@ def save_net(
         "classes": list(classes),
         "size": size,
         "temperature": prototypes.temperature,
+        "pixel_correlation": net.pixel_correlation is not None,
         **more,
     }
     tensors = {f"net.{name}": value for name, value in net.trained_state().items()}
@@ -211,6 +219,8 @@ def load_net(path: Path, device: torch.device | str = "cpu") -> TrainedNet:
     tensors, description = checkpoint.load_weights(path)
     model = from_dict(ModelConfig, description["model"], str(path))
     net = net_of(model, len(description["classes"]))
+    if description.get("pixel_correlation"):
+        net.add_pixel_correlation()
     if model.frozen:
         source = weights_path(model)
         if file_digest(source) != description["backbone_digest"]:
