@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from pssl.cli import from_dict, to_dict
-from pssl.config import DataConfig, ModelConfig
+from pssl.config import BackboneConfig, DataConfig, ModelConfig
 from pssl.data.cache import cache_dir
 from pssl.data.check import check_images, check_labels
 from pssl.data.open import DataFolder, open_folder
@@ -89,7 +89,7 @@ def usable_images(
     return UsableImages(kept, frozenset(with_masks))
 
 
-def weights_path(config: ModelConfig) -> Path | None:
+def weights_path(config: BackboneConfig) -> Path | None:
     """The backbone's weights file, None for a backbone that starts from random weights."""
     if config.weights is not None:
         return config.weights
