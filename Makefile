@@ -1,6 +1,7 @@
 # `make train` and `make test` do everything from a fresh clone: environment, installation, run.
 #
 #   make train ARGS="--seed 1"         more arguments for python -m pssl.train
+#   make pipeline                      from image labels to a segmentation network (python -m pssl.pipeline)
 #   make test ARGS="-k contrast"       more arguments for pytest
 #   make train PYTHON=python3.12       another interpreter for the environment
 #   make train TORCH="torch==2.13.0"   another torch than the one below; or install one into $(VENV) first
@@ -15,11 +16,14 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/* csrc/*/*)
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: train test env install lint format cuda-resources test-gpu clean
+.PHONY: train pipeline test env install lint format cuda-resources test-gpu clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
 	$(BIN)/python -m pssl.train $(ARGS)
+
+pipeline: $(VENV)/.installed
+	$(BIN)/python -m pssl.pipeline $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import yaml
 
-from pssl.cli import parse, to_dict
+from pssl.cli import from_dict, parse, to_dict
 from pssl.config import DataConfig, InferenceConfig
 from pssl.engine import distributed
 from pssl.engine.cam_files import write_cams
@@ -68,6 +68,14 @@ def run(config: CamsConfig, log: Log | None = None) -> int:
         write_text(config.out / "cams.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         log.say(f"{len(ids)} files in {config.out}")
     return len(own)
+
+
+def made_from(folder: Path) -> CamsConfig | None:
+    """What made a folder of CAMs, by its cams.yaml; None where it has none (CAMs of another program)."""
+    path = folder / "cams.yaml"
+    if not path.is_file():
+        return None
+    return from_dict(CamsConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -81,8 +81,8 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Backbone and CAM head."""
+class BackboneConfig:
+    """Which backbone, and what of it is trained."""
 
     backbone: Literal["small", "efficientnet_lite0", "resnet38d", "timm"] = "small"
     """"small": a conv-BN network of stride 4 trained from scratch; "efficientnet_lite0": ImageNet weights, stride
@@ -99,13 +99,19 @@ class ModelConfig:
     fixed: Literal["nothing", "norms", "early"] = "nothing"
     """What of a backbone that is trained stays as its weights have it. "norms": its batch norms (IRN's and SEAM's
     training; small batches have poor statistics); "early": also its stem, and ResNet-38's first stage (both)."""
+    width: int = 64
+    """Channels of the small backbone. Measured on the embedded set."""
+
+
+@dataclass
+class ModelConfig(BackboneConfig):
+    """Backbone and CAM head."""
+
     dropout: float = 0.0
     """Share of the backbone's output channels that training drops: 0.5 in AffinityNet and SEAM, 0 in IRN."""
     frozen: bool = False
     """Keep the backbone fixed. Its activations are then computed once, for all scales and flips, and cached on
     disk."""
-    width: int = 64
-    """Channels of the small backbone. Measured on the embedded set."""
     dim: int = 64
     """Embedding channels D. The paper's networks have more; 64 was measured on the embedded set, 256 on photographs."""
     logit_scale: float = 20.0
@@ -114,7 +120,26 @@ class ModelConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class OptimizerConfig:
+    """AdamW and the course of its learning rate."""
+
+    batch_size: int = 16
+    """Images a step, over all ranks together."""
+    lr: float = 2e-3
+    """Peak learning rate of the backbone (in stage 1 of pssl.train). Measured on the embedded set."""
+    head_lr_factor: float = 5.0
+    """Learning rate of the last layers (and of SEAM's module) over that of the backbone: WSSS code commonly uses 10;
+    measured 5."""
+    weight_decay: float = 5e-4
+    """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
+    poly_power: float = 0.9
+    """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
+    warmup: float = 0.05
+    """Share of a stage's steps over which the learning rate rises linearly from 0."""
+
+
+@dataclass
+class ScheduleConfig(OptimizerConfig):
     """Optimiser and how long each stage runs."""
 
     classifier_epochs: int = 30
@@ -122,21 +147,8 @@ class ScheduleConfig:
     change by less than seeds differ, and what the arms add to them doubles."""
     arm_epochs: int = 4
     """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
-    batch_size: int = 16
-    """Images a step, over all ranks together."""
-    lr: float = 2e-3
-    """Peak learning rate of the backbone in stage 1 (AdamW). Measured on the embedded set."""
-    head_lr_factor: float = 5.0
-    """Learning rate of the CAM layer (and of SEAM's module) over that of the backbone: WSSS code commonly uses 10;
-    measured 5."""
     arm_lr_factor: float = 0.5
     """Learning rate of the arms over that of stage 1. Measured on the embedded set."""
-    weight_decay: float = 5e-4
-    """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
-    poly_power: float = 0.9
-    """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
-    warmup: float = 0.05
-    """Share of a stage's steps over which the learning rate rises linearly from 0."""
 
 
 @dataclass
@@ -166,6 +178,15 @@ class RCMConfig:
     """Temperature of the softmax over cosines (paper: 0.5)."""
     memory: int = 5
     """Prototypes kept per class for images whose batch holds no other image of that class (DESIGN, section 9)."""
+    refresh_epochs: int = 0
+    """Every so many epochs of an arm, SupportNet starts anew as MainNet, and from the first time on the region masks
+    are its prototype readout, by prototypes of the whole training split, instead of its CAMs. Each time the masks
+    gain on the CAMs that the arm began with. Ours; 0 never does it (paper)."""
+    readout_foreground: float = 0.75
+    """`foreground` of masks by the readout, whose maps are 0.5 where class and background are equally likely.
+    Measured on photographs."""
+    readout_background: float = 0.55
+    """`background` of masks by the readout. Measured on photographs."""
     label_stride: int = 1
     """The region mask has side `data.size // label_stride`; 1 is label resolution (DESIGN, section 9)."""
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         multi_scale,
         normalise,
         random_flip,
+        random_labelled_crop,
         random_resized_crop,
         to_float,
     )
@@ -45,6 +46,7 @@ __all__ = [
     "normalise",
     "open_folder",
     "random_flip",
+    "random_labelled_crop",
     "random_resized_crop",
     "resolve_image_labels",
     "to_float",

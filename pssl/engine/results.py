@@ -111,3 +111,15 @@ def to_table(rows: list[dict], title: str) -> Table:
         table.add_row(*cells)
         previous = row["arm"]
     return table
+
+
+def iou_table(result: dict) -> Table:
+    """IoU by region and their mean, of a score's `iou` and `miou`."""
+    table = Table()
+    table.add_column("region")
+    table.add_column("IoU", justify="right")
+    for name, value in result["iou"].items():
+        table.add_row(name, "-" if value is None else f"{value:.1f}")
+    table.add_section()
+    table.add_row("mean", f"{result['miou']:.1f}")
+    return table

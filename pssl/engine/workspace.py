@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from pssl.cli import from_dict, to_dict
-from pssl.config import DataConfig, ModelConfig
+from pssl.config import BackboneConfig, DataConfig, ModelConfig
 from pssl.data.cache import cache_dir
 from pssl.data.check import check_images, check_labels
 from pssl.data.open import DataFolder, open_folder
@@ -20,10 +20,10 @@ from pssl.data.voc import VOCFolder
 from pssl.engine import checkpoint
 from pssl.engine.distributed import is_first, wait
 from pssl.engine.feature_cache import cached_activations
-from pssl.engine.inference import Prototypes
 from pssl.engine.inputs import ActivationInputs, ImageInputs, Inputs, load_square_images
 from pssl.engine.log import Log
 from pssl.engine.seeding import derive_seed
+from pssl.method.readout import Prototypes
 from pssl.models.cam_net import CamNet, build_cam_net
 from pssl.models.weights import PACKAGES, file_digest, find_weights, load_weights
 
@@ -89,7 +89,7 @@ def usable_images(
     return UsableImages(kept, frozenset(with_masks))
 
 
-def weights_path(config: ModelConfig) -> Path | None:
+def weights_path(config: BackboneConfig) -> Path | None:
     """The backbone's weights file, None for a backbone that starts from random weights."""
     if config.weights is not None:
         return config.weights
