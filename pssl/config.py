@@ -21,8 +21,21 @@ from pssl.cli import Floats, Integers, Names
 from pssl.data.open import Layout
 
 ARMS = ("classifier", "classifier_long", "rcm", "mam", "rcm+mam")
-"""What can be trained: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1 followed
-by training with RCM, MAM or both."""
+"""What is trained by default: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1
+followed by training with RCM, MAM or both."""
+
+TERMS_OF_ARM: dict[str, tuple[str, ...]] = {
+    "classifier": (),
+    "classifier_long": (),
+    "rcm": ("rcm",),
+    "mam": ("mam",),
+    "rcm+mam": ("rcm", "mam"),
+    "pssl": ("rcm", "mam"),
+    "seam": ("seam",),
+    "ppc": ("seam", "ppc"),
+}
+"""The terms beside classification in the loss of each arm that can be asked for. "pssl" is the paper's name of rcm+mam;
+"seam" (Wang et al. 2020) and "ppc" (Du et al. 2022, on top of SEAM) are baselines from the same stage 1."""
 
 RECIPE_OF_BACKBONE = {
     "small": "synthetic",
@@ -115,7 +128,8 @@ class OptimizerConfig:
     lr: float = 2e-3
     """Peak learning rate of the backbone (in stage 1 of pssl.train). Measured on the embedded set."""
     head_lr_factor: float = 5.0
-    """Learning rate of the last layers over that of the backbone: WSSS code commonly uses 10; measured 5."""
+    """Learning rate of the last layers (and of SEAM's module) over that of the backbone: WSSS code commonly uses 10;
+    measured 5."""
     weight_decay: float = 5e-4
     """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
     poly_power: float = 0.9
@@ -164,6 +178,15 @@ class RCMConfig:
     """Temperature of the softmax over cosines (paper: 0.5)."""
     memory: int = 5
     """Prototypes kept per class for images whose batch holds no other image of that class (DESIGN, section 9)."""
+    refresh_epochs: int = 0
+    """Every so many epochs of an arm, SupportNet starts anew as MainNet, and from the first time on the region masks
+    are its prototype readout, by prototypes of the whole training split, instead of its CAMs. Each time the masks
+    gain on the CAMs that the arm began with. Ours; 0 never does it (paper)."""
+    readout_foreground: float = 0.75
+    """`foreground` of masks by the readout, whose maps are 0.5 where class and background are equally likely.
+    Measured on photographs."""
+    readout_background: float = 0.55
+    """`background` of masks by the readout. Measured on photographs."""
     label_stride: int = 1
     """The region mask has side `data.size // label_stride`; 1 is label resolution (DESIGN, section 9)."""
 
@@ -181,12 +204,44 @@ class MAMConfig:
 
 
 @dataclass
+class SEAMConfig:
+    """The baseline SEAM (Wang et al., CVPR 2020); values of its published training code."""
+
+    weight: float = 1.0
+    """Weight of equivariant regularisation, its cross form and the background term together (SEAM: 1)."""
+    scale: float = 0.3
+    """Scale of the second view (SEAM: 0.3)."""
+    hard_share: float = 0.2
+    """Share of the pixels, those that differ most, that the cross form looks at (SEAM: 0.2)."""
+
+
+@dataclass
+class PPCConfig:
+    """The baseline PPC, pixel-to-prototype contrast on SEAM (Du et al., CVPR 2022); values of its published code."""
+
+    weight: float = 0.1
+    """Weight of the contrast (PPC on SEAM: 0.1)."""
+    temperature: float = 0.1
+    """Temperature of the softmax over cosines (PPC: 0.1)."""
+    background: float = 0.2
+    """Score of the background beside the refined CAMs in 0..1 (PPC on SEAM: 0.2)."""
+    top_share: float = 0.125
+    """A prototype is the mean of a class's most confident pixels of the batch, this share of one image's grid in number
+    (PPC on SEAM: 1/8)."""
+    negatives: Floats = (3 / 21, 13 / 21)
+    """Prototypes that count against a pixel of its own view, as a range of their ranks by similarity (PPC: the 4th to
+    the 13th of 21)."""
+
+
+@dataclass
 class MethodConfig:
-    """The self-supervised terms."""
+    """The terms of the arms."""
 
     support: SupportConfig = field(default_factory=SupportConfig)
     rcm: RCMConfig = field(default_factory=RCMConfig)
     mam: MAMConfig = field(default_factory=MAMConfig)
+    seam: SEAMConfig = field(default_factory=SEAMConfig)
+    ppc: PPCConfig = field(default_factory=PPCConfig)
     classification_weight: float = 1.0
     """Weight of the classification loss in the arms (paper: 1)."""
 
@@ -228,7 +283,7 @@ class TrainConfig:
     out: Path = Path("runs/train")
     """Folder for everything the run leaves behind."""
     arms: Names = ARMS
-    """Arms to train and compare."""
+    """Arms to train and compare: classifier, classifier_long, rcm, mam, rcm+mam (or pssl, the same), seam, ppc."""
     seed: int = 0
     """Seed of weights, order, flips and crops. Same seed, same machine, same numbers."""
     seeds: Integers = ()
@@ -243,9 +298,11 @@ class TrainConfig:
     """Held-out images drawn into OUT/pictures."""
 
     def __post_init__(self) -> None:
-        unknown = [arm for arm in self.arms if arm not in ARMS]
+        unknown = [arm for arm in self.arms if arm not in TERMS_OF_ARM]
         if unknown:
-            raise ValueError(f"arms: expected names from {', '.join(ARMS)}, got {', '.join(unknown)}")
+            raise ValueError(f"arms: expected names from {', '.join(TERMS_OF_ARM)}, got {', '.join(unknown)}")
+        if len(set(self.arms)) != len(self.arms) or {"pssl", "rcm+mam"} <= set(self.arms):
+            raise ValueError(f"arms: expected each once (pssl is rcm+mam), got {', '.join(self.arms)}")
 
     @property
     def recipe_name(self) -> str:

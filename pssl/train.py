@@ -1,4 +1,4 @@
-"""Train a classifier, then RCM and MAM from the same weights, and compare: ``python -m pssl.train``.
+"""Train a classifier, then RCM, MAM and baselines from the same weights, and compare: ``python -m pssl.train``.
 
 Without arguments this runs on the embedded synthetic data. OUT (``--out``) holds afterwards: config.yaml (runs the
 same again), metrics.json, summary.csv, losses.csv, checkpoints/ and pictures/. With several seeds the last three
@@ -15,20 +15,30 @@ from pathlib import Path
 import torch
 
 from pssl.cli import parse, to_yaml
-from pssl.config import TrainConfig
+from pssl.config import TERMS_OF_ARM, TrainConfig
 from pssl.data.open import DataFolder
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
 from pssl.engine.checkpoint import write_text
-from pssl.engine.inference import READOUTS, Prototypes, final_prototypes, read_images
+from pssl.engine.inference import READOUTS, final_prototypes, read_images
 from pssl.engine.inputs import ActivationInputs, Inputs
 from pssl.engine.log import Log
 from pssl.engine.loop import Stage, run_stage
 from pssl.engine.pictures import draw_comparison
 from pssl.engine.results import commit, summarise, to_csv, to_table, versions
 from pssl.engine.scoring import Scorer
-from pssl.engine.workspace import build_inputs, new_net, open_data, resolve_device, save_net, usable_images
+from pssl.engine.workspace import (
+    build_inputs,
+    new_net,
+    new_pixel_correlation,
+    open_data,
+    resolve_device,
+    save_net,
+    usable_images,
+)
 from pssl.method.losses import Objective
+from pssl.method.rcm import RCM
+from pssl.method.readout import Prototypes
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
 
@@ -63,6 +73,8 @@ def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Expe
     folder = open_data(config.data)
     net = new_net(config.model, len(folder.classes), config.seed_list[0], log.say).to(device)
     scales = {1.0, *config.inference.scales, *config.method.support.scales, *config.method.mam.scales}
+    if any("seam" in TERMS_OF_ARM[arm] for arm in config.arms):
+        scales.add(config.method.seam.scale)
     inputs, scored = {}, {}
     for role, split in (("train", config.data.train_split), ("val", config.data.val_split)):
         images = usable_images(folder, split, config.data.check, log)
@@ -77,15 +89,16 @@ def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Expe
     return Experiment(config, folder, inputs, scored, device, log)
 
 
-def train_stage(
-    experiment: Experiment, name: str, net: CamNet, seed: int, out: Path, *, rcm: bool, mam: bool
-) -> Stage:
-    """Train `net` in place: stage 1 if `name` is "classifier", else an arm on top of it."""
+def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: Path) -> Stage:
+    """Train `net` in place: stage 1 if `name` is "classifier", else the arm of that name on top of it."""
     config = experiment.config
     schedule, first = config.schedule, name == "classifier"
-    objective = Objective(config.method, net.classes, net.dim, config.data.size, rcm=rcm, mam=mam).to(
-        experiment.device
-    )
+    terms = TERMS_OF_ARM[name]
+    if "seam" in terms:
+        new_pixel_correlation(net, seed)
+    objective = Objective(
+        config.method, net.classes, net.dim, config.data.size, **dict.fromkeys(terms, True)
+    ).to(experiment.device)
     support = None
     if objective.needs_support:
         support = SupportNet(net, config.method.support.mode, config.method.support.momentum)
@@ -102,17 +115,40 @@ def train_stage(
         seed=seed,
         state_path=out / "checkpoints" / f"{name}.state.pt",
     )
+    if objective.rcm is not None and config.method.rcm.refresh_epochs:
+        stage.refresh = lambda stage: refresh(experiment, stage)
+        stage.refresh_epochs = config.method.rcm.refresh_epochs
     log = experiment.log
     with log.progress(f"train {name}", stage.steps) as bar:
 
         def on_step(values: dict[str, float]) -> None:
             log.take_losses(f"{seed}/{name}", values)
-            terms = (f"{k} {values[k]:.3f}" for k in ("classification", "rcm", "mam") if k in values)
-            bar.reach(int(values["step"]) + 1, "  ".join(terms))
+            shown = (f"{k} {values[k]:.3f}" for k in ("classification", *terms) if k in values)
+            bar.reach(int(values["step"]) + 1, "  ".join(shown))
 
         run_stage(stage, resume=config.resume, on_step=on_step)
         bar.reach(stage.steps)  # epochs that were resumed count too
     return stage
+
+
+def prototypes_of(experiment: Experiment, net: CamNet, rcm: RCM | None) -> Prototypes:
+    """RCM's prototypes of the training split, by the module that the network was trained with, if any."""
+    config = experiment.config
+    return final_prototypes(
+        net,
+        experiment.inputs["train"],
+        config.data.size,
+        config.method.rcm,
+        config.inference,
+        config.method.support.scales,
+        trained_with=rcm,
+    )
+
+
+def refresh(experiment: Experiment, stage: Stage) -> None:
+    """SupportNet starts anew as MainNet; its readout by MainNet's prototypes makes the region masks from here on."""
+    stage.objective.rcm.anchor(prototypes_of(experiment, stage.net, stage.objective.rcm))
+    stage.support.restart(stage.net)
 
 
 def score(experiment: Experiment, name: str, net: CamNet, prototypes: Prototypes) -> dict[str, dict]:
@@ -154,21 +190,14 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
     train_inputs = experiment.inputs["train"]
     if isinstance(train_inputs, ActivationInputs):
         stage1.set_channel_statistics(*train_inputs.channel_statistics())
-    first = train_stage(experiment, "classifier", stage1, seed, out, rcm=False, mam=False)
+    first = train_stage(experiment, "classifier", stage1, seed, out)
     arms, nets = {}, {}
     for arm in config.arms:
         net, stage = stage1, first
         if arm != "classifier":
             net = stage1.twin()
-            stage = train_stage(experiment, arm, net, seed, out, rcm="rcm" in arm, mam="mam" in arm)
-        prototypes = final_prototypes(
-            net,
-            train_inputs,
-            config.data.size,
-            config.method.rcm,
-            config.inference,
-            config.method.support.scales,
-        )
+            stage = train_stage(experiment, arm, net, seed, out)
+        prototypes = prototypes_of(experiment, net, stage.objective.rcm)
         nets[arm] = net
         begin = time.perf_counter()
         readouts = score(experiment, arm, net, prototypes)
@@ -210,7 +239,7 @@ def draw_pictures(experiment: Experiment, nets: dict[str, CamNet], out: Path) ->
         return
     indices = [having[i] for i in even_selection(len(having), count)]
     shown = [arm for arm in ("classifier_long", "classifier") if arm in nets][:1]
-    shown += [arm for arm in ("rcm+mam", "rcm", "mam") if arm in nets][:1]
+    shown += [arm for arm in ("rcm+mam", "pssl", "rcm", "mam", "ppc", "seam") if arm in nets][:1]
     readings = [
         list(read_images(nets[arm], inputs, indices, lambda i: folder.mask(i).shape, config.inference, None))
         for arm in shown

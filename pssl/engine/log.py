@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pssl.engine.distributed import is_first
 
-LOSS_COLUMNS = ("stage", "epoch", "step", "lr", "classification", "rcm", "mam", "total")
+LOSS_COLUMNS = ("stage", "epoch", "step", "lr", "classification", "rcm", "mam", "seam", "ppc", "total")
 
 
 class Log:

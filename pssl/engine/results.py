@@ -35,8 +35,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The commit of the repository this package lies in, with "+" if files differ from it; None outside of one."""
+def commit(but: str | None = None) -> str | None:
+    """The commit of the repository this package lies in, with "+" if files differ from it; None outside of one.
+
+    `but`: a folder of the repository whose files do not count.
+    """
+    where = [":/", *([f":(top,exclude){but}"] if but else [])]
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -44,7 +48,7 @@ def commit() -> str | None:
 
     try:
         return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+            "+" if git("status", "--porcelain", "--untracked-files=no", "--", *where) else ""
         )
     except (OSError, subprocess.SubprocessError):
         return None

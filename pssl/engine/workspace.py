@@ -20,10 +20,10 @@ from pssl.data.voc import VOCFolder
 from pssl.engine import checkpoint
 from pssl.engine.distributed import is_first, wait
 from pssl.engine.feature_cache import cached_activations
-from pssl.engine.inference import Prototypes
 from pssl.engine.inputs import ActivationInputs, ImageInputs, Inputs, load_square_images
 from pssl.engine.log import Log
 from pssl.engine.seeding import derive_seed
+from pssl.method.readout import Prototypes
 from pssl.models.cam_net import CamNet, build_cam_net
 from pssl.models.weights import PACKAGES, file_digest, find_weights, load_weights
 
@@ -130,6 +130,13 @@ def new_net(config: ModelConfig, classes: int, seed: int, say: Callable[[str], N
     return net.to(memory_format=torch.channels_last)
 
 
+def new_pixel_correlation(net: CamNet, seed: int) -> None:
+    """Give `net` SEAM's module with weights drawn by `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "pixel correlation"))
+        net.add_pixel_correlation()
+
+
 def build_inputs(
     folder: DataFolder,
     ids: Sequence[str],
@@ -199,6 +206,7 @@ def save_net(
         "classes": list(classes),
         "size": size,
         "temperature": prototypes.temperature,
+        "pixel_correlation": net.pixel_correlation is not None,
         **more,
     }
     tensors = {f"net.{name}": value for name, value in net.trained_state().items()}
@@ -211,6 +219,8 @@ def load_net(path: Path, device: torch.device | str = "cpu") -> TrainedNet:
     tensors, description = checkpoint.load_weights(path)
     model = from_dict(ModelConfig, description["model"], str(path))
     net = net_of(model, len(description["classes"]))
+    if description.get("pixel_correlation"):
+        net.add_pixel_correlation()
     if model.frozen:
         source = weights_path(model)
         if file_digest(source) != description["backbone_digest"]:

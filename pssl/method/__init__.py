@@ -1,1 +1,1 @@
-"""SupportNet, RCM, MAM and the objective they make up."""
+"""SupportNet, RCM, MAM, the baselines SEAM and PPC, and the objective they make up."""

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from pssl.config import MethodConfig
 from pssl.method.mam import mam_loss
+from pssl.method.ppc import ppc_loss
 from pssl.method.rcm import RCM
+from pssl.method.seam import seam_loss
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet, CamOutput
 
-TERMS = ("classification", "rcm", "mam")
+TERMS = ("classification", "rcm", "mam", "seam", "ppc")
 
 
 def classification_loss(logits: Tensor, image_labels: Tensor) -> Tensor:  # [B,K], [B,K]
@@ -26,7 +28,7 @@ def classification_loss(logits: Tensor, image_labels: Tensor) -> Tensor:  # [B,K
 
 
 class Objective(nn.Module):
-    """Classification, and RCM and MAM where they are switched on.
+    """Classification, and the terms that are switched on.
 
     Args:
         config: weights and settings of the terms.
@@ -35,15 +37,31 @@ class Objective(nn.Module):
         size: side of the square training images, which is the label grid's.
         rcm: include RCM.
         mam: include MAM.
+        seam: include SEAM; MainNet needs its pixel correlation module.
+        ppc: include PPC, which builds on SEAM.
     """
 
     def __init__(
-        self, config: MethodConfig, classes: int, dim: int, size: int, *, rcm: bool = False, mam: bool = False
+        self,
+        config: MethodConfig,
+        classes: int,
+        dim: int,
+        size: int,
+        *,
+        rcm: bool = False,
+        mam: bool = False,
+        seam: bool = False,
+        ppc: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.rcm = RCM(classes, dim, size, config.rcm) if rcm else None
         self.mam = mam
+        if ppc and not seam:
+            raise ValueError("Objective: ppc needs seam, whose refined CAMs it reads")
+        self.seam, self.ppc = seam, ppc
+        side = max(round(size * config.seam.scale), 1)
+        self.second_size = (side, side)
 
     @property
     def needs_support(self) -> bool:
@@ -53,7 +71,8 @@ class Objective(nn.Module):
     @property
     def main_scales(self) -> tuple[float, ...]:
         """Scales that MainNet sees; 1 is always one of them."""
-        return tuple(sorted({1.0, *(self.config.mam.scales if self.mam else ())}))
+        second = (self.config.seam.scale,) if self.seam else ()
+        return tuple(sorted({1.0, *second, *(self.config.mam.scales if self.mam else ())}))
 
     @property
     def support_scales(self) -> tuple[float, ...]:
@@ -94,6 +113,8 @@ class Objective(nn.Module):
             "classification": config.classification_weight,
             "rcm": config.rcm.weight,
             "mam": config.mam.weight,
+            "seam": config.seam.weight,
+            "ppc": config.ppc.weight,
         }
 
     def terms(
@@ -105,14 +126,26 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses that are switched on and among `names`, without their weights."""
         centre, losses = seen[1.0], {}
-        support_cams = [target[scale].cam for scale in self.config.support.scales if scale in target]
+        aims = [target[scale] for scale in self.config.support.scales if scale in target]
         if "classification" in names:
-            losses["classification"] = classification_loss(CamNet.logits(centre.cam), image_labels)
+            # SEAM classifies both of its views.
+            views = [centre, seen[self.config.seam.scale]] if self.seam else [centre]
+            each = [classification_loss(CamNet.logits(view.cam), image_labels) for view in views]
+            losses["classification"] = sum(each) / len(each)
         if "rcm" in names and self.rcm is not None:
-            losses["rcm"] = self.rcm(centre.features, target[1.0].features, support_cams, image_labels)
+            losses["rcm"] = self.rcm(centre.features, target[1.0].features, aims, image_labels)
         if "mam" in names and self.mam:
             main_cams = [seen[scale].cam for scale in self.config.mam.scales]
             losses["mam"] = mam_loss(
-                main_cams, support_cams, image_labels, tuple(centre.cam.shape[2:]), self.config.mam
+                main_cams,
+                [aim.cam for aim in aims],
+                image_labels,
+                tuple(centre.cam.shape[2:]),
+                self.config.mam,
             )
+        if "seam" in names and self.seam:
+            second = seen[self.config.seam.scale]
+            losses["seam"] = seam_loss(centre, second, image_labels, self.second_size, self.config.seam)
+        if "ppc" in names and self.ppc:
+            losses["ppc"] = ppc_loss(centre, seen[self.config.seam.scale], image_labels, self.config.ppc)
         return losses

@@ -9,15 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from pssl.models.backbones import build_backbone, fixed_modules
+from pssl.models.pixel_correlation import PixelCorrelation
 
 Fixed = Literal["nothing", "norms", "early"]
 
 
 class CamOutput(NamedTuple):
-    """What one pass gives: `features` [B,D,h,w] (not negative) and `cam` [B,K,h,w] (signed)."""
+    """What one pass gives: `features` [B,D,h,w] (not negative) and `cam` [B,K,h,w] (signed).
+
+    `refined` are the region scores [B,1+K,h,w] of a pixel correlation module, None without one.
+    """
 
     features: Tensor
     cam: Tensor
+    refined: Tensor | None = None
+
+    @property
+    def maps(self) -> Tensor:
+        """The class maps [B,K,h,w] to be read, not negative: refined where they are, else the CAM's positive part."""
+        return self.cam.relu() if self.refined is None else self.refined[:, 1:]
 
 
 class CamNet(nn.Module):
@@ -37,6 +47,8 @@ class CamNet(nn.Module):
         fixed: what of a backbone that is trained stays as it is: "nothing"; "norms", statistics and weights of its
             batch norms; "early", these and its `early_layers()`.
         dropout: share of the activations' channels that training drops.
+
+    `pixel_correlation` is None, or SEAM's module after :meth:`add_pixel_correlation`.
     """
 
     def __init__(
@@ -65,6 +77,18 @@ class CamNet(nn.Module):
             self.register_buffer("channel_std", torch.ones(backbone.channels))
         self.embed = nn.Conv2d(backbone.channels, dim, 1)
         self.classifier = nn.Conv2d(dim, classes, 1, bias=False)
+        self.pixel_correlation: PixelCorrelation | None = None
+
+    def add_pixel_correlation(self) -> CamNet:
+        """Give the network SEAM's module, with random weights; returns the network.
+
+        It reads the backbone's earlier activations and the image, and with a frozen backbone, whose activations come
+        from the cache, these alone.
+        """
+        low = (self.backbone.channels,) if self.frozen else self.backbone.low_channels
+        module = PixelCorrelation(low, colours=not self.frozen)
+        self.pixel_correlation = module.to(self.embed.weight.device)
+        return self
 
     @property
     def classes(self) -> int:
@@ -92,6 +116,9 @@ class CamNet(nn.Module):
 
     def forward(self, inputs: Tensor) -> CamOutput:  # [B,3,H,W] normalised, or [B,channels,h,w]
         """Features and CAM of normalised images, or of the backbone's (cached) activations."""
+        if self.pixel_correlation is not None and not self.frozen:
+            activations, low = self.backbone.read(inputs)
+            return self.head(activations.to(self.embed.weight.dtype), low, inputs)
         return self.head(self.activations(inputs))
 
     def activations(self, inputs: Tensor) -> Tensor:  # as forward
@@ -105,10 +132,19 @@ class CamNet(nn.Module):
             inputs = torch.addcmul((-self.channel_mean * scale)[:, None, None], inputs, scale[:, None, None])
         return inputs
 
-    def head(self, activations: Tensor) -> CamOutput:  # [B,channels,h,w], from `activations`
-        """Features and CAM from the backbone's activations."""
+    def head(
+        self,
+        activations: Tensor,  # [B,channels,h,w], from `activations`
+        low: tuple[Tensor, ...]
+        | None = None,  # the backbone's earlier activations; None: the last ones in their place
+        images: Tensor | None = None,  # [B,3,H,W] normalised
+    ) -> CamOutput:
+        """Features and CAM, and refined scores if there is a module for them, from the backbone's activations."""
         features = self.embed(self.dropout(activations)).relu()
-        return CamOutput(features, self.classifier(features) * self.logit_scale)
+        cam = self.classifier(features) * self.logit_scale
+        if self.pixel_correlation is None:
+            return CamOutput(features, cam)
+        return CamOutput(features, cam, self.pixel_correlation(cam, low or (activations,), images))
 
     @staticmethod
     def logits(cam: Tensor) -> Tensor:  # [B,K,h,w]

@@ -148,6 +148,9 @@ def dense_crf(
     the exact sums on average and 0.05 at worst; with kernels as strong as the default a pixel on the edge of two
     classes may fall to the other one (0 to 2 % of the pixels of images of a few hundred pixels).
 
+    On CUDA images are filtered one after another, in memory for as many vertices as there could be, since their number
+    is known on the device alone: about 17·C + 180 numbers of 4 bytes a pixel (C classes, both kernels, float32).
+
     Args:
         images: [B,3,H,W] uint8, in any order of the channels.
         probabilities: [B,C,H,W] floating, at least one class. A NaN spreads to the pixels that its kernels reach.
@@ -164,7 +167,8 @@ def dense_crf(
     Raises:
         ValueError, TypeError: for shapes, types, standard deviations that are not above 0, fewer than 0 iterations;
             where the reference runs, for images of more than 9216 pixels (96×96); in the kernels, for standard
-            deviations so small that the image spans 2^62 lattice points.
+            deviations so small that the image spans 2^62 lattice points, and on CUDA for images of more than 2^31 / 6
+            pixels.
     """
     checks.require_tensor(OP, "images", images)
     checks.require(images.dtype == torch.uint8, OP, "images", "uint8", images.dtype)

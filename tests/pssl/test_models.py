@@ -79,7 +79,8 @@ def test_weights_files_cannot_run_code(tmp_path):
 def test_pooled_cam_is_the_logit_and_features_are_relu():
     net = build_cam_net("small", 5, dim=8, width=16, logit_scale=3.0).eval()
     images = torch.rand(2, 3, 24, 24)
-    features, cam = net(images)
+    features, cam, refined = net(images)
+    assert refined is None
     assert features.shape == (2, 8, 6, 6) and cam.shape == (2, 5, 6, 6) and bool((features >= 0).all())
     pooled = features.mean((2, 3)) @ net.classifier.weight[:, :, 0, 0].T * 3.0
     torch.testing.assert_close(net.logits(cam), pooled)
