@@ -79,8 +79,8 @@ def test_configuration_is_one_and_checked():
         ({"arm": "mam"}, "arm: expected one of the arms classifier_long, rcm.mam, got 'mam'"),
         ({"seeds": [0, 1]}, "seeds: expected none"),
         (
-            {"refine": {"metod": "crf"}},
-            "unknown key 'refine.metod'; the nearest known key is 'refine.method'",
+            {"refine": {"methods": "crf"}},
+            "unknown key 'refine.methods'; the nearest known key is 'refine.method'",
         ),
     ):
         with pytest.raises(ValueError, match=text):
