@@ -283,6 +283,8 @@ def test_backbone_of_a_cam_checkpoint(tiny_cams):
     assert str(tiny_cams.checkpoint) in told
     with pytest.raises(ValueError, match="expected the weights of a trained efficientnet_lite0 backbone"):
         new_segmenter(SegmenterConfig(backbone="efficientnet_lite0", init=tiny_cams.checkpoint), 6, 0)
+    with pytest.raises(ValueError, match="backbone of this width"):
+        new_segmenter(SegmenterConfig(width=8, init=tiny_cams.checkpoint), 6, 0)
     assert ModelConfig().backbone == SegmenterConfig().backbone
 
 
