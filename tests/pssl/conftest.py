@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from pssl.config import TrainConfig
 from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
@@ -25,3 +26,13 @@ def tiny_config(tiny_root: Path, tmp_path: Path) -> TrainConfig:
     config.inference.scales, config.inference.batch_size = (1.0, 1.5), 4
     config.evaluation.steps = 10
     return config
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """timm, with what a CPU torch lacks of a torchvision built for CUDA declared first; skips without the extra."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    if torch.version.cuda is None:
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield pytest.importorskip("timm", reason="the timm extra", exc_type=ImportError)
