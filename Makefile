@@ -1,6 +1,7 @@
 # `make train` and `make test` do everything from a fresh clone: environment, installation, run.
 #
 #   make train ARGS="--seed 1"         more arguments for python -m pssl.train
+#   make pipeline                      from image labels to a segmentation network (python -m pssl.pipeline)
 #   make test ARGS="-k contrast"       more arguments for pytest
 #   make train PYTHON=python3.12       another interpreter for the environment
 #   make train TORCH="torch==2.13.0"   another torch than the one below; or install one into $(VENV) first
@@ -15,11 +16,14 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/* csrc/*/*)
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: train test env install lint format cuda-resources clean
+.PHONY: train pipeline test env install lint format cuda-resources test-gpu clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
 	$(BIN)/python -m pssl.train $(ARGS)
+
+pipeline: $(VENV)/.installed
+	$(BIN)/python -m pssl.pipeline $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -43,6 +47,14 @@ format: $(VENV)/.installed-dev
 # What the CUDA kernels take on every architecture; compiles them all, and needs nvcc but no GPU.
 cuda-resources: $(VENV)/.installed-dev
 	$(BIN)/python build_tools/cuda_resources.py
+
+# On a machine with a GPU, in the Python and with the torch that are there, offline: builds for that GPU, then runs the
+# operators' tests on it and what only a GPU shows. The workspace setting is what cuBLAS needs for the same bits twice.
+test-gpu:
+	$(PYTHON) tests/gpu/machine.py
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) tests/gpu/machine.py --capability)}" \
+		$(PYTHON) -m pip install -e . --no-build-isolation --no-deps
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest tests/ops tests/gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) pssl_ext/_build.json

@@ -134,7 +134,7 @@ def sweep(args: argparse.Namespace) -> Iterator[tuple[str, Deferred]]:
 
 
 def main() -> None:
-    options = parser(__doc__, "cam_ops", seconds=120, sweeps=SWEEPS)
+    options = parser(__doc__, "cam_ops", seconds=120, sweeps=SWEEPS, compiles=True)
     options.add_argument("--batch", type=int, default=16, help="images of MAM's loss (default: 16)")
     args = options.parse_args()
     run(args, sweep(args) if args.sweep else problems(args))

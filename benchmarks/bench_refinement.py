@@ -132,7 +132,7 @@ def sweep(args: argparse.Namespace) -> Iterator[tuple[str, Deferred]]:
 
 
 def main() -> None:
-    options = parser(__doc__, "refinement", seconds=120, sweeps=SWEEPS)
+    options = parser(__doc__, "refinement", seconds=120, sweeps=SWEEPS, compiles=True)
     options.add_argument("--dense", action="store_true", help="run the dense walk on 94×125 cells whole")
     args = options.parse_args()
     warnings.filterwarnings("ignore", message="Sparse")  # torch's CSR matrices are in beta

@@ -16,14 +16,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import get_args, get_type_hints
 
 import torch
 from harness import report
 from harness.cost import peaks_of
 from harness.machine import describe_run
-from harness.measure import noise, percentile
+from harness.measure import PASSES, Result, noise, percentile
 from harness.runner import finish, parser, start
 from rich.table import Table
 from scenes import generator, image_labels
@@ -159,14 +159,15 @@ def measure(step: Step, seconds: float) -> dict:
         whole.append(timed(step.whole, step.device))
         cut.append(step.timed_parts())
     total = statistics.median(sum(parts.values()) for parts in cut)
-    rows = []
+    everything, rows = sum(sum(parts.values()) for parts in cut), []
     for name in cut[0]:
         times = [parts[name] for parts in cut]
         spread = {f"p{p}": percentile(times, p) for p in (20, 50, 80)}
-        rows.append({"name": name, **spread, "noise": noise(times), "share": spread["p50"] / total})
+        rows.append({"name": name, **spread, "noise": noise(times), "share": sum(times) / everything})
     middle = statistics.median(whole)
     return {
         "parts": rows,
+        "results": [asdict(r) for r in yardstick(whole, cut)],
         "calls": len(whole),
         "step_seconds": {f"p{p}": percentile(whole, p) for p in (20, 50, 80)},
         "cut_step_seconds": total,
@@ -179,6 +180,34 @@ def measure(step: Step, seconds: float) -> dict:
         "share_of_product_rate": flops / middle / rate,
         "product_flops_per_second": rate,
     }
+
+
+def yardstick(whole: list[float], cut: list[dict[str, float]]) -> list[Result]:
+    """The operators, and the whole step, beside the network's passes at scale 1, which are torch's: ratios that --check
+    can compare between runs."""
+    found = []
+    network = [parts["main network, scale 1"] for parts in cut]
+    operators = [sum(parts[name] for name in OPERATORS) for parts in cut]
+    for name, own in ((" + ".join(OPERATORS), operators), ("whole step", whole)):
+        middle = statistics.median(own)
+        for provider, times in (("main network, scale 1", network), (name, own)):
+            spread = {f"p{p}": percentile(times, p) for p in (20, 50, 80)}
+            found.append(
+                Result(
+                    f"train_step/{name}",
+                    "one training step",
+                    provider,
+                    PASSES[1],
+                    times is own,
+                    len(times),
+                    **spread,
+                    noise=noise(times),
+                    ratio=statistics.median(times) / middle,
+                    extra_bytes=None,
+                    copy_share=None,
+                )
+            )
+    return found
 
 
 def tables(found: dict) -> Table:

@@ -37,7 +37,7 @@ def section(record: dict) -> str:
     """The table of one machine."""
     machine, runs = record["machine"], record["runs"]
     made = {
-        (run["date"][:10], run["commit"][:7], run["threads"], run["versions"]["torch"])
+        (run["date"][:10], short(run["commit"]), run["threads"], run["versions"]["torch"])
         for run in runs.values()
     }
     about = "; ".join(
@@ -50,7 +50,7 @@ def section(record: dict) -> str:
         "|---" * len(HEAD) + "|",
     ]
     for run in runs.values():
-        found = [r for r in results.results_of(run) if r.size is None]
+        found = [] if "parts" in run else [r for r in results.results_of(run) if r.size is None]
         for problem in dict.fromkeys(r.problem for r in found):
             here = [r for r in found if r.problem == problem]
             lines.append(row([r for r in here if r.work == here[-1].work], run["goals"]))
@@ -58,6 +58,11 @@ def section(record: dict) -> str:
         if "parts" in run:
             lines += ["", step_text(run)]
     return "\n".join(lines)
+
+
+def short(commit: str) -> str:
+    """Seven digits, and the + of files that differed from it."""
+    return commit[:7] + "+" * commit.endswith("+")
 
 
 def row(found: list[Result], verdicts: list[dict]) -> str:

@@ -1,4 +1,5 @@
-// The permutohedral lattice (Adams, Baek, Davis 2010): where a point lies in it, for host and device.
+// What pixels are compared by, and the permutohedral lattice (Adams, Baek, Davis 2010): where a point lies in it, for host
+// and device.
 //
 // A point of d dimensions is scaled and turned into the hyperplane sum_i e_i = 0 of d+1 dimensions. The lattice's
 // vertices there are the integer points with equal remainders modulo d+1; they cut the plane into simplices, one vertex
@@ -8,10 +9,40 @@
 
 #include <cmath>
 #include <cstdint>
+#include <sstream>
+#include <stdexcept>
 
 #include "common/bilinear.h"
+#include "common/types.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
+
+constexpr double kLowestProbability = 1e-5;  // as in the reference
+
+struct CrfSettings {
+  int64_t iterations;
+  double gaussian_sxy, gaussian_compat, bilateral_sxy, bilateral_srgb, bilateral_compat;
+
+  bool has_gaussian() const { return gaussian_compat != 0 && iterations > 0; }
+  bool has_bilateral() const { return bilateral_compat != 0 && iterations > 0; }
+};
+
+// What pixels are compared by: position over sxy, and where d is 5 colour over srgb.
+template <int d>
+struct PixelFeatures {
+  double sxy, srgb = 1;
+
+  PSSL_HD void largest(int64_t H, int64_t W, double* out) const {
+    out[0] = double(W - 1) / sxy, out[1] = double(H - 1) / sxy;
+    for (int k = 2; k < d; ++k) out[k] = 255 / srgb;
+  }
+  // `colour(k)` is the pixel's channel k
+  template <class Colour>
+  PSSL_HD void at(int64_t y, int64_t x, const Colour& colour, double* out) const {
+    out[0] = double(x) / sxy, out[1] = double(y) / sxy;
+    for (int k = 2; k < d; ++k) out[k] = colour(k - 2) / srgb;
+  }
+};
 
 // Added to every feature. Many pixels lie on the border of simplices (the column x = 0 on that of two); by rounding alone
 // they would fall to either, and bring another vertex into being, differently for each processor. This moves them to one
@@ -31,6 +62,12 @@ struct LatticeMap {
   // Whether the keys are distinct; where not, nothing else here is set.
   PSSL_HD bool is_sound() const { return points < 4611686018427387904.0; }
   PSSL_HD int64_t step(int j) const { return j < d ? to_next[j] : to_last; }
+  // Keys differ by less than `points`: their lowest bits tell them apart.
+  int key_bits() const {
+    int bits = 1;
+    while (double(int64_t(1) << bits) < points) ++bits;
+    return bits;
+  }
 
   // For features in [0, largest_k].
   PSSL_HD static LatticeMap make(const double* largest) {
@@ -59,6 +96,28 @@ struct LatticeMap {
     return map;
   }
 };
+
+// The map of an image's pixels; an error where its keys would not be distinct.
+template <int d>
+LatticeMap<d> lattice_of(const char* op, const char* argument, const PixelFeatures<d>& features, int64_t H,
+                         int64_t W) {
+  double largest[d];
+  features.largest(H, W, largest);
+  const LatticeMap<d> map = LatticeMap<d>::make(largest);
+  if (map.is_sound()) return map;
+  std::ostringstream text;
+  text << op << ": " << argument
+       << " must be standard deviations that cut the image into less than 2^62 lattice cells, got smaller "
+          "ones";
+  throw std::invalid_argument(text.str());
+}
+
+// A vertex blurred along one direction, from itself and the sum of its two neighbours; one that does not exist counts
+// as 0. The factor that keeps the sum, 1/2, would cancel in the normalisation. V is a number or a vector of them.
+template <class T, class V>
+PSSL_HD inline V lattice_blur(V here, V neighbours) {
+  return here + T(0.5) * neighbours;
+}
 
 template <int d>
 struct Simplex {
@@ -114,6 +173,14 @@ PSSL_HD inline Simplex<d> find_simplex(const LatticeMap<d>& map, const double* f
     simplex.weight[k] = gap * (1.0 / (d + 1));
   }
   return simplex;
+}
+
+inline void check_crf(const char* op, const Tensor& images, const Tensor& probabilities) {
+  STD_TORCH_CHECK(probabilities.dim() == 4, op, ": probabilities must be [B,C,H,W]");
+  STD_TORCH_CHECK(images.dim() == 4 && images.size(0) == probabilities.size(0) && images.size(1) == 3 &&
+                      images.size(2) == probabilities.size(2) && images.size(3) == probabilities.size(3) &&
+                      images.scalar_type() == ScalarType::Byte,
+                  op, ": images must be uint8 [B,3,H,W]");
 }
 
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -11,21 +11,20 @@ using namespace pssl;
 using namespace pssl::PSSL_SIMD_NAMESPACE;
 
 constexpr const char* kOp = "dense_crf";
-constexpr double kLowest = 1e-5;  // probability, as in the reference
-
-struct Settings {
-  int64_t iterations;
-  double gaussian_sxy, gaussian_compat, bilateral_sxy, bilateral_srgb, bilateral_compat;
-};
 
 // A lattice with its values: the kernel D^-1/2 S^T B S D^-1/2.
 template <class T, int d>
 class Kernel {
  public:
-  template <class Features>
-  Kernel(const char* argument, const Tiles& tiles, const double (&largest)[d], T compat, int64_t columns,
-         const Features& features)
-      : compat_(compat), lattice_(tiles, checked(argument, LatticeMap<d>::make(largest)), features) {
+  // `colour(y, x, k)` is channel k of a pixel, where d is 5.
+  template <class Colour>
+  Kernel(const char* argument, const Tiles& tiles, const PixelFeatures<d>& features, T compat,
+         int64_t columns, const Colour& colour)
+      : compat_(compat),
+        lattice_(tiles, lattice_of(kOp, argument, features, tiles.H, tiles.W),
+                 [&](int64_t y, int64_t x, double* out) {
+                   features.at(y, x, [&](int k) { return colour(y, x, k); }, out);
+                 }) {
     partial_.reset(lattice_.copies * columns);
     values_.reset(lattice_.vertices * columns);
     normalise(tiles);
@@ -48,15 +47,6 @@ class Kernel {
   }
 
  private:
-  static LatticeMap<d> checked(const char* argument, const LatticeMap<d>& map) {
-    if (map.is_sound()) return map;
-    std::ostringstream text;
-    text << kOp << ": " << argument
-         << " must be standard deviations that cut the image into less than 2^62 lattice cells, got smaller "
-            "ones";
-    throw std::invalid_argument(text.str());
-  }
-
   // The same filter on ones, in all lanes of a vector.
   void normalise(const Tiles& tiles) {
     constexpr std::integral_constant<int64_t, kLanes<T>> columns;
@@ -104,7 +94,7 @@ void read_logits(const Tensor& probabilities, int64_t b, const Tiles& tiles, int
             rows.read(b, c, tile.y + y, tile.x, tile.width, row.get());
             for (int64_t x = 0; x < tile.width; x += kLanes<T>) {
               Vec<T> v = load<T>(&row[x]);
-              v = v < T(kLowest) ? splat<T>(T(kLowest)) : v > T(1) ? splat<T>(T(1)) : v;
+              v = v < T(kLowestProbability) ? splat<T>(T(kLowestProbability)) : v > T(1) ? splat<T>(T(1)) : v;
               store<T>(&row[x], log_positive<T>(v));
             }
           }
@@ -152,7 +142,7 @@ void filter(std::optional<Kernel<T, 2>>& gaussian, std::optional<Kernel<T, 5>>& 
 }
 
 template <class T>
-Tensor mean_field(const Tensor& images, const Tensor& probabilities, const Settings& s) {
+Tensor mean_field(const Tensor& images, const Tensor& probabilities, const CrfSettings& s) {
   const int64_t B = probabilities.size(0), C = probabilities.size(1), H = probabilities.size(2),
                 W = probabilities.size(3), cp = round_up(C, kLanes<T>);
   Tensor result = new_tensor({B, C, H, W}, scalar_type_of<T>);
@@ -165,25 +155,18 @@ Tensor mean_field(const Tensor& images, const Tensor& probabilities, const Setti
   const Rows rows{&images};
 
   std::optional<Kernel<T, 2>> gaussian;
-  if (s.gaussian_compat != 0 && s.iterations > 0) {
-    const double sd = s.gaussian_sxy, largest[2] = {double(W - 1) / sd, double(H - 1) / sd};
-    gaussian.emplace("gaussian", tiles, largest, T(s.gaussian_compat), cp,
-                     [sd](int64_t y, int64_t x, double* f) { f[0] = double(x) / sd, f[1] = double(y) / sd; });
-  }
+  if (s.has_gaussian())
+    gaussian.emplace("gaussian", tiles, PixelFeatures<2>{s.gaussian_sxy}, T(s.gaussian_compat), cp,
+                     [](int64_t, int64_t, int) { return 0.0; });
   for (int64_t b = 0; b < B; ++b) {
     read_logits<T>(probabilities, b, tiles, cp, logits.get());
     std::optional<Kernel<T, 5>> bilateral;
-    if (s.bilateral_compat != 0 && s.iterations > 0) {
+    if (s.has_bilateral()) {
       for (int64_t k = 0; k < 3; ++k)
         for (int64_t y = 0; y < H; ++y) rows.read(b, k, y, 0, W, &colours[(k * H + y) * W]);
-      const double sd = s.bilateral_sxy, range = s.bilateral_srgb;
-      const double largest[5] = {double(W - 1) / sd, double(H - 1) / sd, 255 / range, 255 / range,
-                                 255 / range};
-      bilateral.emplace("bilateral", tiles, largest, T(s.bilateral_compat), cp,
-                        [&](int64_t y, int64_t x, double* f) {
-                          f[0] = double(x) / sd, f[1] = double(y) / sd;
-                          for (int64_t k = 0; k < 3; ++k) f[2 + k] = colours[(k * H + y) * W + x] / range;
-                        });
+      bilateral.emplace("bilateral", tiles, PixelFeatures<5>{s.bilateral_sxy, s.bilateral_srgb},
+                        T(s.bilateral_compat), cp,
+                        [&](int64_t y, int64_t x, int k) { return colours[(k * H + y) * W + x]; });
     }
     with_columns<T>(cp, [&](auto columns) {
       for (int64_t i = 0; i <= s.iterations; ++i) {
@@ -222,13 +205,9 @@ Tensor mean_field(const Tensor& images, const Tensor& probabilities, const Setti
 Tensor dense_crf_cpu(const Tensor& images, const Tensor& probabilities, int64_t iterations,
                      double gaussian_sxy, double gaussian_compat, double bilateral_sxy, double bilateral_srgb,
                      double bilateral_compat) {
-  STD_TORCH_CHECK(probabilities.dim() == 4, kOp, ": probabilities must be [B,C,H,W]");
-  STD_TORCH_CHECK(images.dim() == 4 && images.size(0) == probabilities.size(0) && images.size(1) == 3 &&
-                      images.size(2) == probabilities.size(2) && images.size(3) == probabilities.size(3) &&
-                      images.scalar_type() == ScalarType::Byte,
-                  kOp, ": images must be uint8 [B,3,H,W]");
-  const Settings settings{iterations,    gaussian_sxy,   gaussian_compat,
-                          bilateral_sxy, bilateral_srgb, bilateral_compat};
+  check_crf(kOp, images, probabilities);
+  const CrfSettings settings{iterations,    gaussian_sxy,   gaussian_compat,
+                             bilateral_sxy, bilateral_srgb, bilateral_compat};
   return with_accumulation({probabilities.scalar_type()}, [&](auto zero) {
     return mean_field<decltype(zero)>(images, probabilities, settings);
   });

@@ -251,8 +251,7 @@ class Lattice {
     });
   }
 
-  // v_i + (v_{i-1} + v_{i+1}) / 2 in place, nothing beyond the ends. The factor that keeps the sum, 1/2, would cancel
-  // in the normalisation. `before` holds what the previous vertex was.
+  // lattice_blur in place. `before` holds what the previous vertex was.
   template <class Width>
   static void blur_chain(const int32_t* vertex, int64_t n, int64_t columns, Width width, T* values,
                          T* before) {
@@ -264,7 +263,7 @@ class Lattice {
         const Vec<T> here = load<T>(v + c);
         const Vec<T> sum = after ? load<T>(before + c) + load<T>(after + c) : load<T>(before + c);
         store<T>(before + c, here);
-        store<T>(v + c, here + T(0.5) * sum);
+        store<T>(v + c, lattice_blur<T>(here, sum));
       }
     }
   }

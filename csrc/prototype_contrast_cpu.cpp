@@ -260,9 +260,10 @@ std::tuple<Tensor, Tensor> prototype_contrast_cpu(const Tensor& features, const 
                                                   const std::optional<Tensor>& valid,
                                                   const std::optional<Tensor>& weights, int64_t ignore_index,
                                                   bool align_corners, double eps) {
-  const Problem p{features,     prototypes,    regions, scalar_value(temperature), valid, weights,
-                  ignore_index, align_corners, eps};
-  p.check();
+  const Problem p{
+      {features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps},
+      scalar_value(temperature)};
+  p.check(kOp);
   return with_accumulation({features.scalar_type(), prototypes.scalar_type()},
                            [&](auto zero) { return contrast_forward<decltype(zero)>(p); });
 }
@@ -272,9 +273,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_contrast_backward_cpu(
     const Tensor& prototypes, const Tensor& regions, const Tensor& temperature,
     const std::optional<Tensor>& valid, const std::optional<Tensor>& weights, int64_t ignore_index,
     bool align_corners, double eps, const std::vector<bool>& needs) {
-  const Problem p{features,     prototypes,    regions, scalar_value(temperature), valid, weights,
-                  ignore_index, align_corners, eps};
-  p.check();
+  const Problem p{
+      {features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps},
+      scalar_value(temperature)};
+  p.check(kOp);
   return with_accumulation({features.scalar_type(), prototypes.scalar_type()}, [&](auto zero) {
     return contrast_backward<decltype(zero)>(grad_loss, grad_total, p, temperature, needs);
   });

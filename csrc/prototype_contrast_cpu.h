@@ -3,44 +3,18 @@
 #pragma once
 
 #include "common/label_block_cpu.h"
+#include "prototype_contrast.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 namespace contrast {
 
 constexpr const char* kOp = "prototype_contrast";
 
-struct Problem {
-  const Tensor &features, &prototypes, &regions;
-  double temperature;
-  const std::optional<Tensor>&valid, &weights;
-  int64_t ignore_index;
-  bool align_corners;
-  double eps;
+struct Problem : ContrastArguments {
+  double tau;  // the temperature's value
 
-  int64_t H() const { return regions.size(1); }
-  int64_t W() const { return regions.size(2); }
-  int64_t C() const { return prototypes.size(prototypes.dim() - 2); }
-  bool same_grid() const { return H() == features.size(2) && W() == features.size(3); }
   bool is_flat() const {
     return is_flat_map(features) && is_flat_map(regions) && (!weights || is_flat_map(*weights));
-  }
-  // Whether each image has class vectors of its own.
-  bool per_image() const { return prototypes.dim() == 3 || (valid && valid->dim() == 2); }
-  void check() const {
-    const int64_t B = features.size(0), n = prototypes.dim();
-    STD_TORCH_CHECK(features.dim() == 4, kOp, ": features must be [B,D,h,w]");
-    STD_TORCH_CHECK((n == 2 || (n == 3 && prototypes.size(0) == B)) && C() >= 1 &&
-                        prototypes.size(n - 1) == features.size(1),
-                    kOp, ": prototypes must be [C,D] or [B,C,D]");
-    STD_TORCH_CHECK(regions.dim() == 3 && regions.size(0) == B, kOp, ": regions must be [B,H,W]");
-    STD_TORCH_CHECK(!valid || (valid->size(valid->dim() - 1) == C() &&
-                               (valid->dim() == 1 || (valid->dim() == 2 && valid->size(0) == B))),
-                    kOp, ": valid must be [C] or [B,C]");
-    STD_TORCH_CHECK(!weights || (weights->dim() == 3 && weights->size(0) == B && weights->size(1) == H() &&
-                                 weights->size(2) == W()),
-                    kOp, ": weights must be [B,H,W]");
-    STD_TORCH_CHECK(features.size(2) * features.size(3) > 0 || B * H() * W() == 0, kOp,
-                    ": features have no cells");
   }
 };
 
@@ -87,7 +61,7 @@ struct ClassVectors {
         bias[b * cp + c] = T(0);
         mask[b * cp + c] = T(1);
         const T* u = &unit[((own ? b : 0) * C + c) * D];
-        for (int64_t d = 0; d < D; ++d) q[(b * D + d) * cp + c] = T(double(u[d]) / p.temperature);
+        for (int64_t d = 0; d < D; ++d) q[(b * D + d) * cp + c] = T(double(u[d]) / p.tau);
       }
   }
   int64_t image(int64_t b) const { return n == 1 ? 0 : b; }
@@ -218,8 +192,8 @@ struct LaneSoftmax {
     Vec<T> products = {};
     for (int64_t c = 0; c < C; ++c) {
       const Vec<T> e = load<T>(g + c * stride);
-      // the one before scaling, so that a softmax of 1 gives exactly 0
-      const Vec<T> r = counts ? (label == BitsOf<T>(c) ? e - sum : e) * scale : Vec<T>{};
+      const Vec<T> r =
+          counts ? logit_gradient<Vec<T>>(e, label == BitsOf<T>(c) ? sum : Vec<T>{}, scale) : Vec<T>{};
       products += r * load<T>(logits + c * stride);
       store<T>(g + c * stride, r * inverse);
     }
@@ -227,8 +201,7 @@ struct LaneSoftmax {
   }
 };
 
-// From the class sums of the gradients, [B][D][cp] = d loss / d q, to the prototypes and the temperature:
-// q = p̂/τ, dp = (dq - p̂ <p̂,dq>) / (|p| τ), dτ = -<p̂,dq> / τ².
+// From the class sums of the gradients, [B][D][cp] = d loss / d q, to the prototypes and the temperature.
 template <class T>
 void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& classes, const Problem& p,
                      T* d_prototypes, double* d_temperature) {
@@ -248,10 +221,10 @@ void class_gradients(const Buffer<T>& sums, int64_t B, const ClassVectors<T>& cl
     const T* u = &classes.unit[row * D];
     double along = 0;
     for (int64_t d = 0; d < D && used; ++d) along += double(u[d]) * dq[d];
-    if (used) *d_temperature -= along / (p.temperature * p.temperature);
-    const double scale = used && classes.norm[row] > 0 ? 1 / (classes.norm[row] * p.temperature) : 0;
+    if (used) *d_temperature += temperature_gradient(along, p.tau);
     for (int64_t d = 0; d < D; ++d)
-      d_prototypes[row * D + d] = scale == 0 ? T(0) : T(scale * (dq[d] - double(u[d]) * along));
+      d_prototypes[row * D + d] =
+          used ? T(prototype_gradient(dq[d], double(u[d]), along, classes.norm[row], p.tau)) : T(0);
   }
 }
 

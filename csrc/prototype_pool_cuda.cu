@@ -103,11 +103,10 @@ struct PixelGradients {
   const T* value;
   const int32_t* label;
   Masks masks;
-  int64_t c = 0;
 
-  __device__ void begin(const Square<T>&, int64_t, int64_t of_class) { c = of_class; }
-  __device__ void row(T) {}
-  __device__ T gradient(int64_t number, int64_t b, int64_t y, int64_t x, T) const {
+  __device__ int64_t begin(const Square<T>&, int64_t, int64_t c) const { return c; }
+  __device__ void row(int64_t, T) const {}
+  __device__ T gradient(int64_t c, int64_t number, int64_t b, int64_t y, int64_t x, T) const {
     if (masks.is_soft) return masks.soft.floating<T>(b, c, y, x) * value[number];
     return label[number] == c ? value[number] : T(0);
   }
@@ -191,7 +190,7 @@ struct Call {
             nullptr,   padded, {},         nullptr, {},          {}};
   }
   void run(const Pixels<T>& p) const {
-    launch(call, pixels<T>, grid_of(B * Pixel::tiles(axes.grid.H, axes.grid.W)), kThreads, 0, p);
+    launch(call, pixels<T>, grid_of(B * Tile::count(axes.grid.H, axes.grid.W)), kThreads, 0, p);
   }
   CellGradients<T> gather(const T* norm_gradient) {
     return {call,

@@ -12,7 +12,7 @@ from typing import Literal
 
 import yaml
 
-from pssl.cli import parse, to_dict
+from pssl.cli import from_dict, parse, to_dict
 from pssl.config import DataConfig, InferenceConfig
 from pssl.engine import distributed
 from pssl.engine.cam_files import write_cams
@@ -41,12 +41,12 @@ class CamsConfig:
 
 
 def run(config: CamsConfig, log: Log | None = None) -> int:
-    """Write the files of a split; returns how many this rank wrote. Images keep the checkpoint's training size."""
+    """Write the files of a split; returns how many this rank wrote. Images are read as in training."""
     device = resolve_device(config.device)
     distributed.start(device)
     log = log or Log()
     trained = load_net(config.checkpoint, device)
-    config.data.size = trained.size
+    config.data.size, config.data.loading = trained.size, trained.loading
     folder = open_data(config.data)
     if tuple(folder.classes) != trained.classes:
         raise ValueError(
@@ -68,6 +68,14 @@ def run(config: CamsConfig, log: Log | None = None) -> int:
         write_text(config.out / "cams.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         log.say(f"{len(ids)} files in {config.out}")
     return len(own)
+
+
+def made_from(folder: Path) -> CamsConfig | None:
+    """What made a folder of CAMs, by its cams.yaml; None where it has none (CAMs of another program)."""
+    path = folder / "cams.yaml"
+    if not path.is_file():
+        return None
+    return from_dict(CamsConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
 
 def main(argv: list[str] | None = None) -> None:

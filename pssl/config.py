@@ -91,8 +91,8 @@ class DataConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Backbone and CAM head."""
+class BackboneConfig:
+    """Which backbone, and what of it is trained."""
 
     backbone: Literal["small", "efficientnet_lite0", "resnet38d", "timm"] = "small"
     """"small": a conv-BN network of stride 4 trained from scratch; "efficientnet_lite0": ImageNet weights, stride
@@ -109,13 +109,19 @@ class ModelConfig:
     fixed: Literal["nothing", "norms", "early"] = "nothing"
     """What of a backbone that is trained stays as its weights have it. "norms": its batch norms (IRN's and SEAM's
     training; small batches have poor statistics); "early": also its stem, and ResNet-38's first stage (both)."""
+    width: int = 64
+    """Channels of the small backbone. Measured on the embedded set."""
+
+
+@dataclass
+class ModelConfig(BackboneConfig):
+    """Backbone and CAM head."""
+
     dropout: float = 0.0
     """Share of the backbone's output channels that training drops: 0.5 in AffinityNet and SEAM, 0 in IRN."""
     frozen: bool = False
     """Keep the backbone fixed. Its activations are then computed once, for all scales and flips, and cached on
     disk."""
-    width: int = 64
-    """Channels of the small backbone. Measured on the embedded set."""
     dim: int = 64
     """Embedding channels D. The paper's networks have more; 64 was measured on the embedded set, 256 on photographs."""
     logit_scale: float = 20.0
@@ -124,14 +130,9 @@ class ModelConfig:
 
 
 @dataclass
-class ScheduleConfig:
-    """Optimiser and how long each stage runs."""
+class OptimizerConfig:
+    """The optimiser and the course of its learning rate."""
 
-    classifier_epochs: int = 30
-    """Epochs of stage 1, the classifier alone. Measured on the embedded set: from 17 to 30 its CAMs
-    change by less than seeds differ, and what the arms add to them doubles."""
-    arm_epochs: int = 4
-    """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
     batch_size: int = 16
     """Images a step, over all ranks together. Ranks may get one more or less than others."""
     drop_last: bool = True
@@ -141,24 +142,36 @@ class ScheduleConfig:
     momentum: float = 0.0
     """Of SGD. 0: what the PolyOptimizer of AffinityNet, SEAM and IRN amounts to."""
     lr: float = 2e-3
-    """Peak learning rate of the backbone in stage 1. Measured on the embedded set with AdamW; SEAM 0.01, IRN 0.1."""
+    """Peak learning rate of the backbone (in stage 1 of pssl.train). Measured on the embedded set with AdamW; SEAM
+    0.01, IRN 0.1."""
     head_lr_factor: float = 5.0
-    """Learning rate of the CAM layer (and of SEAM's module) over that of the backbone: WSSS code commonly uses 10;
+    """Learning rate of the last layers (and of SEAM's module) over that of the backbone: WSSS code commonly uses 10;
     measured 5."""
-    head_layers: Literal["cam", "new"] = "cam"
-    """What `head_lr_factor` applies to. "cam": the CAM layer, measured on the embedded set; "new": all layers that are
-    not the backbone's, as AffinityNet, SEAM and IRN do."""
     bias_lr_factor: float = 1.0
-    """Learning rate of biases over that of weights, without weight decay: 2 in AffinityNet and SEAM (with the head's 10
-    the rates are x1, x2, x10 and x20)."""
-    arm_lr_factor: float = 0.5
-    """Learning rate of the arms over that of stage 1. Measured on the embedded set."""
+    """Learning rate of biases over that of weights; biases have no weight decay. 2 in AffinityNet and SEAM, so that
+    with the head's 10 the rates are x1, x2, x10 and x20."""
     weight_decay: float = 5e-4
     """Weight decay of what is no bias; 5e-4 in AffinityNet and SEAM, 1e-4 in IRN."""
     poly_power: float = 0.9
     """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
     warmup: float = 0.05
     """Share of a stage's steps over which the learning rate rises linearly from 0."""
+
+
+@dataclass
+class ScheduleConfig(OptimizerConfig):
+    """Optimiser and how long each stage runs."""
+
+    classifier_epochs: int = 30
+    """Epochs of stage 1, the classifier alone. Measured on the embedded set: from 17 to 30 its CAMs
+    change by less than seeds differ, and what the arms add to them doubles."""
+    arm_epochs: int = 4
+    """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
+    head_layers: Literal["cam", "new"] = "cam"
+    """What `head_lr_factor` applies to. "cam": the CAM layer, measured on the embedded set; "new": all layers that are
+    not the backbone's, as AffinityNet, SEAM and IRN do."""
+    arm_lr_factor: float = 0.5
+    """Learning rate of the arms over that of stage 1. Measured on the embedded set."""
 
 
 @dataclass

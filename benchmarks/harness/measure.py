@@ -25,8 +25,9 @@ MOST_COPIES = 256  # of the inputs, among which the calls rotate
 class Result:
     """One provider and pass: percentiles of its times in seconds; ``noise``, half the spread of the medians of five
     stretches of the run, relative (None with fewer than five calls); ``ratio``, p50 over that of ours; ``extra_bytes``
-    at the peak; ``copy_share``, compulsory bytes over time as a share of the copy bandwidth; ``launches`` of kernels,
-    None on a CPU; ``estimate``, how the time was estimated where it was not measured whole."""
+    at the peak; ``copy_share``, compulsory bytes over time as a share of the copy bandwidth (None where no bytes are
+    compulsory); ``launches`` of kernels, None on a CPU; ``estimate``, how the time was estimated where it was not
+    measured whole."""
 
     problem: str
     title: str
@@ -40,7 +41,7 @@ class Result:
     noise: float | None
     ratio: float
     extra_bytes: int | None
-    copy_share: float
+    copy_share: float | None
     launches: int | None = None
     size: int | None = None
     estimate: str = ""
@@ -89,9 +90,9 @@ def rotated(inputs: dict[str, Tensor], least: int) -> list[dict[str, Tensor]]:
 def _further_calls(once: dict[str, float], seconds: float) -> dict[str, int]:
     """How many more calls of each provider fit, from the time of one; what fast ones leave goes to slow ones.
 
-    Half as long again as one call of each is always taken, so that the fast ones are never judged by a single call.
+    A quarter of the time of one call of each is always taken, so that the fast ones are never judged by a single call.
     """
-    counts, left = {}, max(seconds, sum(once.values()) / 2)
+    counts, left = {}, max(seconds, sum(once.values()) / 4)
     for position, name in enumerate(sorted(once, key=once.get)):
         share = left / (len(once) - position)
         fit = int(share / once[name])

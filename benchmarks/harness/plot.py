@@ -15,23 +15,24 @@ from .measure import Result
 from .results import results_of
 
 OURS, PEERS = "#c0392b", "#7f8c8d"
-ACROSS = 3  # panels
+ACROSS = 3  # panels, at most
 
 
 def draw(record: dict, path: Path) -> None:
     """One panel a problem (its fullest pass) or sweep; written whole or not at all."""
     panels = []
     for group, run in record["runs"].items():
+        if "parts" in run:
+            panels.append((group, run["parts"]))
+            continue
         found = results_of(run)
-        if not found:
-            panels.append((group, run["parts"]) if run.get("parts") else None)
         for problem in dict.fromkeys(r.problem for r in found):
             here = [r for r in found if r.problem == problem]
             work = here[-1].work
             panels.append((group, [r for r in here if r.work == work]))
-    panels = [p for p in panels if p is not None]
-    rows = -(-len(panels) // ACROSS)
-    figure, axes = plt.subplots(rows, ACROSS, figsize=(5.2 * ACROSS, 2.9 * rows), squeeze=False)
+    across = min(ACROSS, len(panels))
+    rows = -(-len(panels) // across)
+    figure, axes = plt.subplots(rows, across, figsize=(5.2 * across, 2.9 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (group, panel) in zip(axes.flat, panels, strict=False):

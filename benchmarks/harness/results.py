@@ -4,7 +4,7 @@
      "runs": {group: {date, commit, threads, versions, seconds, copy_bytes_per_second,
                       results: [Result …], left_out: {problem: {provider: why}}, goals: [Verdict …]}}}
 
-A group is a script ("rcm"), or a sweep of one ("rcm-pixels"); the training step's run has ``parts`` for ``results``.
+A group is a script ("rcm"), or a sweep of one ("rcm-pixels"); the training step's run has ``parts`` as well.
 """
 
 from __future__ import annotations

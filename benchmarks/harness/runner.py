@@ -18,9 +18,10 @@ Deferred = Callable[[], Problem]  # a problem that is made when its turn comes, 
 
 
 def parser(
-    description: str, group: str, seconds: float, sweeps: Iterable[str] = ()
+    description: str, group: str, seconds: float, sweeps: Iterable[str] = (), compiles: bool = False
 ) -> argparse.ArgumentParser:
-    """The options that the scripts share."""
+    """The options that the scripts share. ``sweeps``: what a script of problems can vary; ``compiles``: whether some
+    of its providers go through torch.compile."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,16 +30,19 @@ def parser(
     made.add_argument(
         "--seconds", type=float, default=seconds, help=f"for the whole run, about (default: {seconds:g})"
     )
-    made.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    made.add_argument("--only", default="", help="the problems whose id or title holds this text")
-    made.add_argument(
-        "--cache",
-        type=float,
-        metavar="MIB",
-        help="size of the cache that inputs and copies are to exceed (default: the machine's last level)",
-    )
+    if compiles:
+        made.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     if sweeps:
+        made.add_argument(
+            "--cache",
+            type=float,
+            metavar="MIB",
+            help="size of the cache that inputs and copies are to exceed (default: the machine's last level)",
+        )
+        made.add_argument("--only", default="", help="the problems whose id holds this text")
         made.add_argument("--sweep", choices=tuple(sweeps), help="cost against this, instead of the problems")
+    else:
+        made.set_defaults(cache=None, sweep=None)
     made.add_argument(
         "--out",
         type=Path,
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace, problems: Iterable[tuple[str, Deferred]]) -> N
     begin, machine = time.monotonic(), start(args)
     cache = machine["cache_bytes"]
     deadline, screen = begin + args.seconds, report.console()
-    axis = getattr(args, "sweep", None)
+    axis = args.sweep
     chosen = [(name, make) for name, make in problems if args.only in name]
     if not chosen:
         raise SystemExit(f"--only: expected part of a problem's id, got {args.only!r}")
@@ -120,7 +124,7 @@ def run(args: argparse.Namespace, problems: Iterable[tuple[str, Deferred]]) -> N
 
 def finish(args: argparse.Namespace, machine: dict, run_record: dict) -> None:
     """Writes the files, then compares."""
-    axis = getattr(args, "sweep", None)
+    axis = args.sweep
     group = f"{args.group}-{axis}" if axis else args.group
     record = {"machine": machine, "runs": {group: run_record}}
     _write(args.out / f"{group}.json", record)

@@ -59,4 +59,25 @@ __device__ T block_largest(T value, T* scratch) {
   return block_reduce(value, Largest{}, scratch);
 }
 
+// The sum of the values of all threads before this one, and in `total` that of all. Conditions as for block_reduce.
+template <class T>
+__device__ T block_sum_before(T value, T* scratch, T& total) {
+  const int thread = block_thread(), warps = block_threads() / kWarp, lane = thread % kWarp;
+  T sum = value;
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const T before = __shfl_up_sync(kAllLanes, sum, lanes);
+    if (lane >= lanes) sum += before;
+  }
+  if (lane == kWarp - 1) scratch[thread / kWarp] = sum;
+  __syncthreads();
+  T first = 0;
+  total = 0;
+  for (int i = 0; i < warps; ++i) {
+    if (i == thread / kWarp) first = total;
+    total += scratch[i];
+  }
+  __syncthreads();
+  return first + sum - value;
+}
+
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/cuda_products.cuh"
+#include "common/cuda_tile.cuh"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
@@ -75,25 +76,20 @@ struct Axes {
   }
 };
 
-// A label pixel of a thread. Blocks take tiles of 8 rows of 32, and their warps 4 rows of 8: on finer label grids the pixels of
-// a warp lie in few squares.
+// A label pixel of a thread. Blocks take tiles, and their warps 4 rows of 8 pixels of these: on finer label grids the
+// pixels of a warp lie in few squares.
 struct Pixel {
   int64_t b, y, x;
   bool inside;
 
-  static constexpr int kWide = 32, kHigh = 8;
-  PSSL_HD static int64_t across(int64_t W) { return (W + kWide - 1) / kWide; }
-  PSSL_HD static int64_t tiles(int64_t H, int64_t W) { return (H + kHigh - 1) / kHigh * across(W); }
-
   __device__ static Pixel of_thread(int64_t H, int64_t W) {
-    const int64_t tile = blockIdx.x % tiles(H, W);
+    const Tile tile = Tile::at(int64_t(blockIdx.x) % Tile::count(H, W), H, W);
     const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-    const int64_t y = tile / across(W) * kHigh + warp / 4 * 4 + lane / 8;
-    const int64_t x = tile % across(W) * kWide + warp % 4 * 8 + lane % 8;
-    return {int64_t(blockIdx.x) / tiles(H, W), y, x, y < H && x < W};
+    const int64_t y = tile.y0 + warp / 4 * 4 + lane / 8, x = tile.x0 + warp % 4 * 8 + lane % 8;
+    return {int64_t(blockIdx.x) / Tile::count(H, W), y, x, y < H && x < W};
   }
 };
-static_assert(Pixel::kWide * Pixel::kHigh == kThreads);
+static_assert(Tile::kThreads == kThreads && Tile::kWidth == 32 && Tile::kHeight == 8);
 
 // The four cells around a label pixel, as numbers in the batch, and its place between them.
 template <class T>
@@ -124,7 +120,19 @@ struct Square {
   // <F, q_c> from the products [B,h,w,padded]
   __device__ T product(const T* dots, int64_t padded, int64_t c) const {
     auto of = [&](int64_t cell) { return dots[cell * padded + c]; };
-    return blend(blend(of(upper_left), of(lower_left), ty), blend(of(upper_right), of(lower_right), ty), tx);
+    return between(of(upper_left), of(upper_right), of(lower_left), of(lower_right));
+  }
+  // with classes c + [0, 4)
+  __device__ Four<T> products(const T* dots, int64_t padded, int64_t c) const {
+    auto of = [&](int64_t cell) { return four(dots + cell * padded + c); };
+    const Four<T> ul = of(upper_left), ur = of(upper_right), ll = of(lower_left), lr = of(lower_right);
+    Four<T> z;
+#pragma unroll
+    for (int k = 0; k < kFour; ++k) z.v[k] = between(ul.v[k], ur.v[k], ll.v[k], lr.v[k]);
+    return z;
+  }
+  __device__ T between(T ul, T ur, T ll, T lr) const {
+    return blend(blend(ul, ll, ty), blend(ur, lr, ty), tx);
   }
 };
 
@@ -140,25 +148,25 @@ struct SquarePixels {
 
 // corners[k][cell][c] = the sum over the pixels of the cell's square of the gradient of the product with class c there
 // times the weight of the square's corner k: upper left, upper right, lower left, lower right. `body` says what the gradient
-// is: body.begin(square, b, c), then for each row row(ty), and for each pixel of it gradient(number, b, y, x, tx).
+// is: state = begin(square, b, c), then for each row row(state, ty), and for each pixel of it
+// gradient(state, number, b, y, x, tx).
 template <class T, class Body>
 __global__ void __launch_bounds__(kThreads)
-    square_products(const __grid_constant__ LabelGrid<T> grid, const __grid_constant__ Body of_pixels,
-                    int64_t C, int64_t padded, T* corners) {
+    square_products(const __grid_constant__ LabelGrid<T> grid, const __grid_constant__ Body body, int64_t C,
+                    int64_t padded, T* corners) {
   const int64_t thread = grid_thread(), cell = thread / C, c = thread % C;
   if (cell >= grid.all_cells()) return;
   const int64_t b = cell / grid.cells(), row = cell % grid.cells() / grid.w, column = cell % grid.w;
   const SquarePixels pixels = SquarePixels::of(grid, row, column);
-  Body body = of_pixels;
-  body.begin(Square<T>::at(grid, b, row, column), b, c);
+  auto state = body.begin(Square<T>::at(grid, b, row, column), b, c);
   T sum[4] = {};
   for (int64_t y = pixels.y0; y < pixels.y1; ++y) {
     const T ty = grid.y.fraction[y];
-    body.row(ty);
+    body.row(state, ty);
     T left = 0, right = 0;
     for (int64_t x = pixels.x0; x < pixels.x1; ++x) {
       const T tx = grid.x.fraction[x];
-      const T gradient = body.gradient((b * grid.H + y) * grid.W + x, b, y, x, tx);
+      const T gradient = body.gradient(state, (b * grid.H + y) * grid.W + x, b, y, x, tx);
       left += (T(1) - tx) * gradient;
       right += tx * gradient;
     }
@@ -166,6 +174,17 @@ __global__ void __launch_bounds__(kThreads)
     sum[2] += ty * left, sum[3] += ty * right;
   }
   for (int k = 0; k < 4; ++k) corners[(k * grid.all_cells() + cell) * padded + c] = sum[k];
+}
+
+// out = the sum of n partial sums, in an order that n alone fixes: one block.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    add_partials(const double* partial, int64_t n, const __grid_constant__ AnyView<1> out) {
+  PSSL_SHARED(scratch, double[kWarp]);
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += partial[i];
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) out.store(sum, 0);
 }
 
 // What a square's pixels give to the products of its cells that |F|^2 is made of.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         normalise,
         random_colours,
         random_flip,
+        random_labelled_crop,
         random_resized_crop,
         to_float,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "open_folder",
     "random_colours",
     "random_flip",
+    "random_labelled_crop",
     "random_resized_crop",
     "resolve_image_labels",
     "to_float",

@@ -1,4 +1,4 @@
-"""Image transforms for training from image-level labels: no masks, tensors in, tensors out.
+"""Image transforms for training from image-level labels, and from label images: tensors in, tensors out.
 
 Images are uint8 (0..255) or floating (0..1) tensors; results are floating, 0..1 for uint8 input. Randomness
 comes from the given `torch.Generator` (on the CPU) alone, and each image takes the same number of draws
@@ -21,6 +21,7 @@ __all__ = [
     "normalise",
     "random_colours",
     "random_flip",
+    "random_labelled_crop",
     "random_resized_crop",
     "to_float",
 ]
@@ -99,12 +100,47 @@ def random_resized_crop(
     return torch.stack(crops)
 
 
-def _crop(image: Tensor, size: int, scale: float, draw: list[float], fill: Sequence[float] | float) -> Tensor:
+def random_labelled_crop(
+    image: Tensor,  # uint8 or floating [3,H,W]
+    labels: Tensor,  # uint8 [H,W]
+    size: int,
+    generator: torch.Generator | None = None,
+    *,
+    scale: tuple[float, float] = (0.5, 2.0),
+    fill: Sequence[float] | float = IMAGENET_MEAN,
+    ignore: int = 255,
+) -> tuple[Tensor, Tensor]:
+    """Image [3,size,size] and labels [size,size], resized, cut or padded, and mirrored half the time, both alike.
+
+    As :func:`random_resized_crop`, with the long side 0.5 to 2 times `size`; labels are resized by nearest pixel, and
+    their padding is `ignore`. Raises ValueError for labels of another size than the image's.
+    """
+    if tuple(labels.shape) != tuple(image.shape[1:]):
+        raise ValueError(
+            f"random_labelled_crop: expected labels of the image's size {list(image.shape[1:])}, "
+            f"got {list(labels.shape)}"
+        )
+    zoom, *position, mirror = torch.rand(4, generator=generator).tolist()
+    ratio = scale[0] + (scale[1] - scale[0]) * zoom
+    pixels = _crop(to_float(image), size, ratio, position, fill)
+    classes = _crop(labels[None], size, ratio, position, ignore, mode="nearest-exact")[0]
+    return (pixels.flip(-1), classes.flip(-1)) if mirror < 0.5 else (pixels, classes)
+
+
+def _crop(
+    image: Tensor,
+    size: int,
+    scale: float,
+    draw: list[float],
+    fill: Sequence[float] | float,
+    mode: str = "bilinear",
+) -> Tensor:
     channels, height, width = image.shape
     ratio = size * scale / max(height, width)
     shape = [max(1, round(height * ratio)), max(1, round(width * ratio))]
     if shape != [height, width]:
-        image = F.interpolate(image[None], size=shape, mode="bilinear", antialias=ratio < 1)[0]
+        antialias = ratio < 1 and mode == "bilinear"
+        image = F.interpolate(image[None], size=shape, mode=mode, antialias=antialias)[0]
     out = image.new_empty(channels, size, size)
     out[:] = image.new_tensor(fill).expand(channels).view(-1, 1, 1)
     source, target = [slice(None)], [slice(None)]

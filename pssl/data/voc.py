@@ -18,7 +18,7 @@ from .image_labels import (
     resolve_image_labels,
 )
 
-__all__ = ["BODY", "IGNORE", "PART", "VOCFolder", "load_image"]
+__all__ = ["BODY", "IGNORE", "PART", "VOCFolder", "load_image", "read_label_png"]
 
 IGNORE = 255  # mask and part-map value of pixels that count for nothing
 PART, BODY = 1, 2  # values of `VOCFolder.parts`
@@ -152,10 +152,7 @@ class VOCFolder:
         The palette indices of the PNG (or grey values, as SBD's masks have). Raises FileNotFoundError where
         missing; ValueError, naming the file, for a damaged file, one with colours, or a label above K.
         """
-        path = self.mask_path(image_id)
-        labels = _read_indices(path)
-        self._check_range(path, labels, self.num_classes)
-        return labels
+        return read_label_png(self.mask_path(image_id), self.num_classes)
 
     @cached_property
     def has_parts(self) -> bool:
@@ -169,24 +166,28 @@ class VOCFolder:
         """
         if not self.has_parts:
             return None
-        path = self.root / "Parts" / f"{image_id}.png"
-        labels = _read_indices(path)
-        self._check_range(path, labels, BODY)
-        return labels
+        return read_label_png(self.root / "Parts" / f"{image_id}.png", BODY)
 
     def image_labels(self, ids: Iterable[str]) -> np.ndarray:
         """Image-level labels uint8 [N,K], 1 where the class is in the image, from `label_source`."""
         return resolve_image_labels(self.root, list(ids), self.classes, self.label_source)
 
-    @staticmethod
-    def _check_range(path: Path, labels: np.ndarray, highest: int) -> None:
-        counts = np.bincount(labels.ravel(), minlength=256)
-        wrong = [int(label) for label in np.flatnonzero(counts[:IGNORE]) if label > highest]
-        if wrong:
-            raise ValueError(
-                f"{path}: expected labels 0..{highest} and {IGNORE}, got {wrong[:5]} "
-                f"({int(counts[wrong].sum())} pixels)"
-            )
+
+def read_label_png(path: Path, highest: int) -> np.ndarray:
+    """A label image uint8 [H,W], values 0..`highest` and 255: a palette PNG's indices, or grey values.
+
+    Raises FileNotFoundError where missing; ValueError, naming the file, for a damaged file, one with colours, or
+    another label.
+    """
+    labels = _read_indices(path)
+    counts = np.bincount(labels.ravel(), minlength=256)
+    wrong = [int(label) for label in np.flatnonzero(counts[:IGNORE]) if label > highest]
+    if wrong:
+        raise ValueError(
+            f"{path}: expected labels 0..{highest} and {IGNORE}, got {wrong[:5]} "
+            f"({int(counts[wrong].sum())} pixels)"
+        )
+    return labels
 
 
 def load_image(path: Path) -> np.ndarray:

@@ -136,6 +136,7 @@ def save(
         config.model,
         experiment.folder.classes,
         config.data.size,
+        loading=config.data.loading,
         seed=seed,
         thresholds=thresholds,
         **more,

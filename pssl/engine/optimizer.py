@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from pssl.config import EngineConfig, ScheduleConfig
-from pssl.models.cam_net import CamNet
+from pssl.config import EngineConfig, OptimizerConfig, ScheduleConfig
 
 CAM_LAYERS = ("classifier.", "pixel_correlation.")
 """Prefixes of the parameters that `head_layers: cam` means."""
+NEW_LAYERS = ("embed.", *CAM_LAYERS)
+"""Prefixes of all parameters of a CAM network that are not its backbone's."""
 
 
-def build_optimizer(net: CamNet, lr: float, schedule: ScheduleConfig) -> torch.optim.Optimizer:
+def head_layers(schedule: ScheduleConfig) -> tuple[str, ...]:
+    """Prefixes of the parameters that learn at the head's rate."""
+    return NEW_LAYERS if schedule.head_layers == "new" else CAM_LAYERS
+
+
+def build_optimizer(
+    net: nn.Module, lr: float, schedule: OptimizerConfig, heads: tuple[str, ...] = CAM_LAYERS
+) -> torch.optim.Optimizer:
     """AdamW or SGD over what is trained: backbone and head, weights and biases each with a rate of their own.
 
-    Biases (and what else has one dimension) have no weight decay. Each group keeps its peak rate in "peak_lr"; the
-    schedule scales that.
+    Parameters whose names start with one of `heads` learn at the head's rate. Biases (and what else has one dimension)
+    have no weight decay. Each group keeps its peak rate in "peak_lr"; the schedule scales that.
     """
     groups = []
     trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     for is_head in (False, True):
         for is_bias in (False, True):
             parameters = [
-                p for name, p in trained if _is_head(name, schedule) == is_head and (p.ndim <= 1) == is_bias
+                p for name, p in trained if name.startswith(heads) == is_head and (p.ndim <= 1) == is_bias
             ]
             if parameters:
                 peak = lr * (schedule.head_lr_factor if is_head else 1.0)
@@ -34,13 +43,7 @@ def build_optimizer(net: CamNet, lr: float, schedule: ScheduleConfig) -> torch.o
     return torch.optim.AdamW(groups)
 
 
-def _is_head(name: str, schedule: ScheduleConfig) -> bool:
-    if schedule.head_layers == "new":
-        return not name.startswith("backbone.")
-    return name.startswith(CAM_LAYERS)
-
-
-def lr_share(step: int, steps: int, schedule: ScheduleConfig) -> float:
+def lr_share(step: int, steps: int, schedule: OptimizerConfig) -> float:
     """The learning rate at `step`, as a share of its peak: linear warmup, times (1 - step/steps)^power."""
     warm = schedule.warmup * steps
     rise = min((step + 1) / warm, 1.0) if warm > 0 else 1.0

@@ -35,8 +35,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The commit of the repository this package lies in, with "+" if files differ from it; None outside of one."""
+def commit(but: str | None = None) -> str | None:
+    """The commit of the repository this package lies in, with "+" if files differ from it; None outside of one.
+
+    `but`: a folder of the repository whose files do not count.
+    """
+    where = [":/", *([f":(top,exclude){but}"] if but else [])]
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]
@@ -44,7 +48,7 @@ def commit() -> str | None:
 
     try:
         return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+            "+" if git("status", "--porcelain", "--untracked-files=no", "--", *where) else ""
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -106,4 +110,16 @@ def to_table(rows: list[dict], title: str) -> Table:
         cells += ["-" if row[area] is None else f"{row[area]:.2f}" for area in areas]
         table.add_row(*cells)
         previous = row["arm"]
+    return table
+
+
+def iou_table(result: dict) -> Table:
+    """IoU by region and their mean, of a score's `iou` and `miou`."""
+    table = Table()
+    table.add_column("region")
+    table.add_column("IoU", justify="right")
+    for name, value in result["iou"].items():
+        table.add_row(name, "-" if value is None else f"{value:.1f}")
+    table.add_section()
+    table.add_row("mean", f"{result['miou']:.1f}")
     return table

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from pssl.cli import from_dict, to_dict
-from pssl.config import DataConfig, EngineConfig, ModelConfig
+from pssl.config import BackboneConfig, DataConfig, EngineConfig, ModelConfig
 from pssl.data.cache import cache_dir
 from pssl.data.check import check_images, check_labels
 from pssl.data.open import DataFolder, open_folder
@@ -94,7 +94,7 @@ def usable_images(
     return UsableImages(kept, frozenset(with_masks))
 
 
-def weights_path(config: ModelConfig) -> Path | None:
+def weights_path(config: BackboneConfig) -> Path | None:
     """The backbone's weights file, None for a backbone that starts from random weights."""
     if config.weights is not None:
         return config.weights
@@ -208,6 +208,8 @@ class TrainedNet:
     model: ModelConfig
     classes: tuple[str, ...]
     size: int
+    loading: Literal["memory", "files"]
+    """How training read its images (`DataConfig.loading`)."""
     description: dict
 
 
@@ -263,5 +265,6 @@ def load_net(path: Path, device: torch.device | str = "cpu") -> TrainedNet:
         model,
         tuple(description["classes"]),
         description["size"],
+        description.get("loading", "memory"),
         description,
     )

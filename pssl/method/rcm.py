@@ -38,12 +38,18 @@ class PrototypeMemory(nn.Module):
 
     def push(self, prototypes: Tensor, present: Tensor) -> None:  # [N,C,D], bool [N,C]
         """Store the present prototypes, in the order of the images, over the oldest."""
-        depth = self.rows.shape[1]
+        regions, depth, dim = self.rows.shape
         if depth == 0:
             return
-        for image, region in present.nonzero().tolist():
-            self.rows[region, int(self.pushed[region]) % depth] = prototypes[image, region]
-            self.pushed[region] += 1
+        number = present.cumsum(0) - 1  # [N,C]: which of its region's new ones this is
+        count = present.sum(0)  # [C]
+        stays = present & (number >= count - depth)  # the last `depth`, or several would go to one place
+        place = torch.arange(regions, device=count.device) * depth + (self.pushed + number) % depth
+        # what goes nowhere goes to a row past the end: no values are read on the host
+        rows = torch.cat([self.rows.view(-1, dim), self.rows.new_empty(1, dim)])
+        rows[torch.where(stays, place, regions * depth)] = prototypes.detach().to(rows.dtype)
+        self.rows.copy_(rows[:-1].view_as(self.rows))
+        self.pushed += count
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Mean of what is stored, [C,D], and bool [C], true where there is something."""

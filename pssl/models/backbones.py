@@ -3,7 +3,8 @@
 A backbone is a module with `channels` (of its output), `stride` (of its grid), `normalise(images)`, which takes RGB in
 0..1 to the range its weights expect, `folded()`, a quicker copy for inference, and `early_layers()`, which fine-tuning
 commonly leaves as they are. `read(images)` gives, beside the activations, a tuple of earlier ones, of `low_channels`
-channels each. Large ones have files of their own: `resnet38d`, `timm_backbone`.
+channels each. `fine_layer` names the submodule whose output (or the entry `fine_index` of it) has a finer grid, for
+decoders that want one; None where there is none. Large ones have files of their own: `resnet38d`, `timm_backbone`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class SmallBackbone(nn.Module):
     """
 
     stride = 4
+    fine_layer = "layers.5"  # stride 2, width // 2 channels
+    fine_index = 0
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -128,6 +131,8 @@ class EfficientNetLite0(nn.Module):
     stride = 16
     channels = 112 + 320
     low_channels = (112, 320)
+    fine_layer = "_blocks.2"  # stage 2: stride 4, 24 channels
+    fine_index = 0
     # Per stage: repeats, kernel, stride, expansion, output channels.
     STAGES = (
         (1, 3, 1, 1, 16),
@@ -212,3 +217,12 @@ def build_backbone(
     if name == "timm":
         return TimmBackbone(timm, output_stride)
     raise ValueError(f"backbone: expected 'small', 'efficientnet_lite0', 'resnet38d' or 'timm', got {name!r}")
+
+
+def fixed_modules(backbone: nn.Module, fixed: str) -> list[nn.Module]:
+    """The modules of a backbone that training leaves as they are: its batch norms for "norms", these and its
+    `early_layers()` for "early", none for "nothing"."""
+    if fixed == "nothing":
+        return []
+    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return norms + (backbone.early_layers() if fixed == "early" else [])

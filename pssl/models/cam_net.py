@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pssl.models.backbones import build_backbone
+from pssl.models.backbones import build_backbone, fixed_modules
 from pssl.models.pixel_correlation import PixelCorrelation
 
 Fixed = Literal["nothing", "norms", "early"]
@@ -67,9 +67,8 @@ class CamNet(nn.Module):
         self.backbone = backbone.requires_grad_(not frozen)
         self.frozen = frozen
         self.fixed = fixed
-        if fixed != "nothing":
-            for module in self._still():
-                module.requires_grad_(False)
+        for module in fixed_modules(backbone, fixed):
+            module.requires_grad_(False)
         self.dropout = nn.Dropout2d(dropout)
         self.logit_scale = logit_scale
         self.standardise = standardise
@@ -101,19 +100,13 @@ class CamNet(nn.Module):
         """D."""
         return self.classifier.in_channels
 
-    def _still(self) -> list[nn.Module]:
-        """The modules of the backbone that `fixed` names."""
-        norms = [m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        return norms + (self.backbone.early_layers() if self.fixed == "early" else [])
-
     def train(self, mode: bool = True) -> CamNet:
         """Training mode for everything but a frozen backbone and fixed layers."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
-        elif self.fixed != "nothing":
-            for module in self._still():
-                module.eval()
+        for module in fixed_modules(self.backbone, self.fixed):
+            module.eval()
         return self
 
     def set_channel_statistics(self, mean: Tensor, std: Tensor) -> None:  # [channels], [channels]

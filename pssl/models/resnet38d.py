@@ -79,6 +79,8 @@ class ResNet38d(nn.Module):
     channels = 4096
     low_channels = (512, 1024)
     """Channels of what `read` gives besides: the activations before b5 and before b6."""
+    fine_layer = "b3_2"  # stride 4, 256 channels
+    fine_index = 0
 
     def __init__(self) -> None:
         super().__init__()

@@ -57,6 +57,9 @@ class TimmBackbone(nn.Module):
             )
         self.channels = channels[-1]
         self.low_channels = tuple(channels[-3:-1])
+        strides = [] if self.transformer else list(self.model.feature_info.reduction())
+        self.fine_layer = "model" if 4 in strides[:-1] else None
+        self.fine_index = strides.index(4) if 4 in strides else 0
         config = timm.get_pretrained_cfg(name)
         self.mean, self.std = tuple(config.mean), tuple(config.std)
 

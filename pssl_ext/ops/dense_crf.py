@@ -148,6 +148,9 @@ def dense_crf(
     the exact sums on average and 0.05 at worst; with kernels as strong as the default a pixel on the edge of two
     classes may fall to the other one (0 to 2 % of the pixels of images of a few hundred pixels).
 
+    On CUDA images are filtered one after another, in memory for as many vertices as there could be, since their number
+    is known on the device alone: about 17·C + 180 numbers of 4 bytes a pixel (C classes, both kernels, float32).
+
     Args:
         images: [B,3,H,W] uint8, in any order of the channels.
         probabilities: [B,C,H,W] floating, at least one class. A NaN spreads to the pixels that its kernels reach.

@@ -1,12 +1,28 @@
-"""Fixtures of the training tests: a tiny synthetic folder, a tiny configuration."""
+"""Fixtures of the training tests: a tiny synthetic folder, a tiny configuration, a tiny trained network with CAMs."""
 
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from pssl.config import TrainConfig
+from pssl import cams, train
+from pssl.config import DataConfig, TrainConfig
 from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
+from pssl.engine.log import Log
+
+
+def quiet_log() -> Log:
+    """A log that keeps what it says to itself."""
+    return Log(Console(file=io.StringIO(), width=120))
+
+
+@pytest.fixture
+def quiet() -> Log:
+    """A log whose `console.file.getvalue()` is what was said."""
+    return quiet_log()
 
 
 @pytest.fixture(scope="session")
@@ -16,11 +32,10 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure_synthetic(root, SyntheticConfig(train=16, val=6, size=48))
 
 
-@pytest.fixture
-def tiny_config(tiny_root: Path, tmp_path: Path) -> TrainConfig:
+def tiny_run(root: Path, out: Path) -> TrainConfig:
     """A run of four steps a stage."""
-    config = TrainConfig(out=tmp_path / "run", pictures=1)
-    config.data.root, config.data.size = tiny_root, 48
+    config = TrainConfig(out=out, pictures=1)
+    config.data.root, config.data.size = root, 48
     config.model.width, config.model.dim = 16, 8
     config.schedule.classifier_epochs, config.schedule.arm_epochs, config.schedule.batch_size = 1, 1, 4
     config.inference.scales, config.inference.batch_size = (1.0, 1.5), 4
@@ -36,3 +51,47 @@ def timm():
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     yield pytest.importorskip("timm", reason="the timm extra", exc_type=ImportError)
+
+
+@pytest.fixture
+def tiny_config(tiny_root: Path, tmp_path: Path) -> TrainConfig:
+    """A run of four steps a stage."""
+    return tiny_run(tiny_root, tmp_path / "run")
+
+
+@dataclass(frozen=True)
+class TinyCams:
+    """A trained network and its CAMs: what the stages after them begin with."""
+
+    root: Path
+    checkpoint: Path
+    train: Path
+    val: Path
+
+    @property
+    def data(self) -> DataConfig:
+        """The data set's configuration."""
+        return DataConfig(root=self.root, size=48)
+
+
+@pytest.fixture(scope="session")
+def tiny_cams(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyCams:
+    """CAMs of both splits from a run of stage 1."""
+    out = tmp_path_factory.mktemp("cams")
+    config = tiny_run(tiny_root, out / "run")
+    config.arms, config.schedule.classifier_epochs, config.pictures = ("classifier",), 6, 0
+    train.run(config, quiet_log())
+    torch.use_deterministic_algorithms(False)
+    found = TinyCams(tiny_root, out / "run/checkpoints/classifier.safetensors", out / "train", out / "val")
+    for split in ("train", "val"):
+        cams.run(
+            cams.CamsConfig(
+                checkpoint=found.checkpoint,
+                data=found.data,
+                split=split,
+                inference=config.inference,
+                out=out / split,
+            ),
+            quiet_log(),
+        )
+    return found

@@ -94,8 +94,8 @@ def in_processes(ranks: int, folder: Path, job) -> list[dict]:
 
 
 RATES = {"rcm+mam": 2.0, "seam": 0.2}
-# SEAM's losses pick the strongest class and the pixels that differ most, and divide by spreads as small as 1e-5: rounding
-# decides now and then. A share weighed wrongly is off by tenths of what the weights move.
+# SEAM's losses pick the strongest class and the pixels that differ most, and divide by spreads as small as 1e-5:
+# rounding decides now and then. A share weighed wrongly is off by tenths of what the weights move.
 DEVIATION = {"rcm+mam": 1e-3, "seam": 2e-2}
 
 

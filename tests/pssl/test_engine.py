@@ -9,6 +9,7 @@ from pssl.config import EngineConfig, MethodConfig, ScheduleConfig
 from pssl.engine import checkpoint
 from pssl.engine.inputs import ImageInputs
 from pssl.engine.loop import Stage, build_optimizer, epoch_batches, lr_share, run_stage
+from pssl.engine.optimizer import head_layers
 from pssl.engine.seeding import generator
 from pssl.method.losses import Objective
 from pssl.method.support import SupportNet
@@ -215,7 +216,7 @@ def test_learning_rate():
     assert sorted({(g["peak_lr"], g["weight_decay"]) for g in groups}) == [(1, 0), (1, 5e-4), (7, 5e-4)]
     assert sum(len(g["params"]) for g in groups) == len(list(make_stage().net.parameters()))
     peers = ScheduleConfig(optimizer="sgd", head_layers="new", head_lr_factor=10, bias_lr_factor=2)
-    optimizer = build_optimizer(make_stage().net, 0.01, peers)
+    optimizer = build_optimizer(make_stage().net, 0.01, peers, head_layers(peers))
     rates = [(round(g["peak_lr"] / 0.01), g["weight_decay"]) for g in optimizer.param_groups]
     assert rates == [(1, 5e-4), (2, 0), (10, 5e-4), (20, 0)] and isinstance(optimizer, torch.optim.SGD)
 

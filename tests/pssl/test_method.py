@@ -121,6 +121,27 @@ def test_memory_holds_the_last_ones():
     assert nothing.mean()[1].tolist() == [False, False]
 
 
+@pytest.mark.parametrize("depth", [1, 3, 5])
+def test_memory_equals_the_literal_ring(depth):
+    """Batches with fewer and with more images of a region than it holds."""
+    generator = torch.Generator().manual_seed(5)
+    memory, rings = PrototypeMemory(4, 2, depth), [[] for _ in range(4)]
+    for images in (1, 9, 2, 0, 6):
+        rows = torch.randn(images, 4, 2, generator=generator)
+        present = torch.rand(images, 4, generator=generator) < 0.6
+        present[:, 3] = False
+        memory.push(rows, present)
+        for image, region in present.nonzero().tolist():
+            rings[region].append(rows[image, region])
+        mean, filled = memory.mean()
+        assert filled.tolist() == [len(ring) > 0 for ring in rings] and not filled[3]
+        for region, ring in enumerate(rings):
+            for position, row in list(enumerate(ring))[-depth:]:
+                assert torch.equal(memory.rows[region, position % depth], row)
+            if ring:
+                torch.testing.assert_close(mean[region], torch.stack(ring[-depth:]).mean(0))
+
+
 def test_rcm_loss_is_cross_entropy_of_cosines():
     """The whole module against the formulas, at label resolution above the feature grid."""
     generator = torch.Generator().manual_seed(4)

@@ -21,7 +21,7 @@ from pssl.data import VOCFolder
 from pssl.data.transforms import random_colours
 from pssl.engine.inputs import FileInputs
 from pssl.engine.log import Log
-from pssl.engine.optimizer import build_optimizer
+from pssl.engine.optimizer import build_optimizer, head_layers
 from pssl.engine.workspace import net_of
 from pssl.method.losses import Objective
 
@@ -75,7 +75,7 @@ def test_recipe_builds(name, request):
         grid = -(-side // net.backbone.stride)
         assert output.cam.shape == (2, classes, grid, grid) and output.features.shape[1] == config.model.dim
     assert 1.0 in objective.scales
-    optimizer = build_optimizer(net, config.schedule.lr, config.schedule)
+    optimizer = build_optimizer(net, config.schedule.lr, config.schedule, head_layers(config.schedule))
     trained = sum(p.requires_grad for p in net.parameters())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == trained
     assert RECIPE_OF_BACKBONE.get(config.model.backbone) in NAMES
@@ -84,7 +84,9 @@ def test_recipe_builds(name, request):
 def test_seams_groups_of_rates():
     config = recipe("voc12_resnet38d")
     net, _ = on_meta(config, 20)
-    groups = build_optimizer(net, config.schedule.lr, config.schedule).param_groups
+    groups = build_optimizer(
+        net, config.schedule.lr, config.schedule, head_layers(config.schedule)
+    ).param_groups
     # ResNet38d has no biases but its fixed norms', so x2 is empty; the head has both kinds.
     assert [(round(g["peak_lr"], 4), g["weight_decay"]) for g in groups] == [
         (0.01, 5e-4),
@@ -198,6 +200,7 @@ def test_a_run_from_files_with_a_best_epoch_and_tensorboard(tiny_config):
     best = load_net(tiny_config.out / "checkpoints/classifier.best.safetensors")
     assert best.description["epoch"] == entry["best_epoch"]["epoch"]
     last = entry["readouts"]["cam"]["train"]["best_miou_on_this_split"]
+    assert best.loading == "files", "so that pssl.cams reads the images so too"
     assert entry["best_epoch"]["miou"] >= last - 1e-3
     assert (tiny_config.out / "tensorboard").is_dir() == tiny_config.engine.tensorboard
     names = {path.name for path in (tiny_config.out / "checkpoints").iterdir()}

@@ -169,11 +169,11 @@ def test_checkpoint_of_other_classes_is_refused(tiny_config, photographs, tmp_pa
         cams.run(config, quiet())
 
 
-def test_missing_cam_files_and_other_thresholds_are_named(tiny_config, tmp_path):
+def test_missing_cam_files_are_named_and_any_threshold_is_taken(tiny_config, tmp_path):
     config = evaluate.EvaluateConfig(cams=tmp_path, data=tiny_config.data, split="val", threshold=0.123)
     with pytest.raises(FileNotFoundError, match="expected a file"):
         evaluate.run(config, quiet())
     for image_id in VOCFolder(tiny_config.data.root).ids("val"):
         write_cams(tmp_path, image_id, torch.zeros(1, 48, 48), torch.tensor([1]))
-    with pytest.raises(ValueError, match=r"threshold: expected one of \[0.01, .* got 0.123"):
-        evaluate.run(config, quiet())
+    result = evaluate.run(config, quiet())
+    assert 0.123 in result["thresholds"] and result["threshold"] == 0.123 and len(result["curve"]) == 100

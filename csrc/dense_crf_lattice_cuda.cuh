@@ -1,0 +1,271 @@
+// Filtering the pixels of an image on a permutohedral lattice on the device: splat, blur along d+1 directions, slice.
+//
+// A corner is a vertex of a pixel's simplex, d+1 a pixel. The corners are sorted by the keys of their vertices; equal
+// keys are one vertex, and those of a vertex are its corners in the order of the pixels. Splatting is a sum along that
+// order, in parts of at most kPart corners, then over the parts of a vertex: a vertex of many pixels keeps no thread
+// waiting, and nothing is added in an order that is not fixed. The host never asks for the number of vertices: memory is
+// for as many as there are corners.
+#pragma once
+
+#include "common/cuda_sort.cuh"
+#include "common/cuda_views.cuh"
+#include "dense_crf.h"
+
+namespace pssl::PSSL_SIMD_NAMESPACE {
+
+constexpr int64_t kPart = 64;          // corners
+constexpr int kLatticeThreads = 128;   // a block
+constexpr int64_t kLatticeWaves = 16;  // of blocks
+constexpr int64_t kRowsAThread = 8;    // of the bound, at least: vertices are a fraction of the corners
+
+// A block takes rows of C columns, neighbouring columns in neighbouring threads.
+inline dim3 row_block(int64_t C) {
+  const unsigned across = unsigned(C < kWarp ? C : kWarp);
+  return dim3(across, kLatticeThreads / across);
+}
+// Blocks for rows of which there are at most `bound`.
+struct RowLaunch {
+  dim3 grid, block;
+
+  RowLaunch(const CudaCall& call, int64_t bound, int64_t C) : block(row_block(C)) {
+    const int64_t rows = block.y * kRowsAThread;
+    grid = grid_of(call.blocks_for((bound + rows - 1) / rows, kLatticeWaves));
+  }
+};
+__device__ inline int64_t first_row() { return blockIdx.x * int64_t(blockDim.y) + threadIdx.y; }
+__device__ inline int64_t row_stride() { return gridDim.x * int64_t(blockDim.y); }
+
+template <class T, int d>
+struct LatticeView {
+  static constexpr int kCorners = d + 1;
+
+  int64_t corners;       // of all pixels
+  const int32_t* found;  // vertices, then parts: how many
+  const int32_t* entry;  // [corners] the corners in the order of their vertices
+  int32_t* part_begin;   // [parts+1]
+  int32_t* first_part;   // [vertices+1]
+  int32_t* vertex;       // [corners]
+  T* weight;             // [corners]
+  int32_t* neighbour;    // [2(d+1)][corners], -1 where there is none
+  const T* values;       // [vertices][C] after filtering
+
+  // column c of the filtered values at a pixel
+  __device__ T slice(int64_t pixel, int64_t C, int64_t c) const {
+    T sum = 0;
+#pragma unroll
+    for (int k = 0; k < kCorners; ++k)
+      sum += weight[pixel * kCorners + k] * values[vertex[pixel * kCorners + k] * C + c];
+    return sum;
+  }
+};
+
+template <class T, int d>
+__global__ void __launch_bounds__(kLatticeThreads)
+    find_corners(const __grid_constant__ LatticeMap<d> map, PixelFeatures<d> features, SortKey mask,
+                 const __grid_constant__ View<const uint8_t, 4> images, int64_t b, SortKey* keys,
+                 T* weights) {
+  const int64_t H = images.size[2], W = images.size[3];
+  const int64_t pixel = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, y = pixel / W, x = pixel % W;
+  if (pixel >= H * W) return;
+  double feature[d];
+  features.at(y, x, [&](int k) { return images(b, k, y, x); }, feature);
+  const Simplex<d> simplex = find_simplex<d>(map, feature);
+  for (int k = 0; k <= d; ++k) {
+    keys[pixel * (d + 1) + k] = SortKey(simplex.key[k]) & mask;
+    weights[pixel * (d + 1) + k] = T(simplex.weight[k]);
+  }
+}
+
+// f(i, whether it begins a vertex, or a part) for this thread's share of the sorted keys.
+template <class F>
+__device__ void each_sorted(const SortKey* keys, int64_t count, const F& f) {
+  const int64_t first = (blockIdx.x * int64_t(kSortThreads) + block_thread()) * kSortRounds;
+  for (int64_t i = first; i < first + kSortRounds && i < count; ++i) {
+    const bool begins = i == 0 || keys[i] != keys[i - 1];
+    f(i, begins, begins || i % kPart == 0);
+  }
+}
+
+// counts [blocks][2]: the vertices and the parts that begin in each block's keys.
+__global__ void __launch_bounds__(kSortThreads)
+    count_vertices(const SortKey* keys, int64_t count, int32_t* counts) {
+  PSSL_SHARED(scratch, int32_t[kWarp]);
+  int32_t vertices = 0, parts = 0;
+  each_sorted(keys, count, [&](int64_t, bool vertex, bool part) { vertices += vertex, parts += part; });
+  vertices = block_sum(vertices, &scratch[0]);
+  parts = block_sum(parts, &scratch[0]);
+  if (block_thread() == 0) counts[2 * blockIdx.x] = vertices, counts[2 * blockIdx.x + 1] = parts;
+}
+
+// `before` [blocks][2]: what begins before each block's keys.
+template <class T, int d>
+__global__ void __launch_bounds__(kSortThreads)
+    number_vertices(const SortKey* keys, const int32_t* before, LatticeView<T, d> lattice,
+                    SortKey* vertex_keys) {
+  PSSL_SHARED(scratch, int32_t[kWarp]);
+  int32_t vertices = 0, parts = 0, all;
+  each_sorted(keys, lattice.corners,
+              [&](int64_t, bool vertex, bool part) { vertices += vertex, parts += part; });
+  int32_t next_vertex = before[2 * blockIdx.x] + block_sum_before(vertices, &scratch[0], all);
+  int32_t next_part = before[2 * blockIdx.x + 1] + block_sum_before(parts, &scratch[0], all);
+  each_sorted(keys, lattice.corners, [&](int64_t i, bool vertex, bool part) {
+    if (vertex) {
+      vertex_keys[next_vertex] = keys[i];
+      lattice.first_part[next_vertex++] = next_part;
+    }
+    if (part) lattice.part_begin[next_part++] = int32_t(i);
+    lattice.vertex[lattice.entry[i]] = next_vertex - 1;
+  });
+  if (blockIdx.x == 0 && block_thread() == 0) {
+    lattice.first_part[lattice.found[0]] = lattice.found[1];
+    lattice.part_begin[lattice.found[1]] = int32_t(lattice.corners);
+  }
+}
+
+// A column for each direction and side of it: 2j ahead, 2j + 1 behind.
+template <class T, int d>
+__global__ void __launch_bounds__(kLatticeThreads)
+    find_neighbours(const __grid_constant__ LatticeMap<d> map, SortKey mask, const SortKey* vertex_keys,
+                    LatticeView<T, d> lattice) {
+  const int32_t vertices = lattice.found[0];
+  const int which = threadIdx.x;
+  const int64_t step = which % 2 == 0 ? map.step(which / 2) : -map.step(which / 2);
+  for (int64_t v = first_row(); v < vertices; v += row_stride()) {
+    const SortKey key = (vertex_keys[v] + SortKey(step)) & mask;
+    int32_t begin = 0, end = vertices;
+    while (begin < end) {
+      const int32_t middle = begin + (end - begin) / 2;
+      if (vertex_keys[middle] < key) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    const bool there = begin < vertices && vertex_keys[begin] == key;
+    lattice.neighbour[which * lattice.corners + v] = there ? begin : -1;
+  }
+}
+
+// out [parts][C]: each part's weights times the values q [pixels][C] (null: 1).
+template <class T, int d>
+__global__ void __launch_bounds__(kLatticeThreads)
+    splat_parts(LatticeView<T, d> lattice, const T* q, int64_t C, T* out) {
+  const int32_t parts = lattice.found[1];
+  for (int64_t part = first_row(); part < parts; part += row_stride()) {
+    const int32_t begin = lattice.part_begin[part], end = lattice.part_begin[part + 1];
+    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
+      T sum = 0;
+      for (int32_t i = begin; i < end; ++i) {
+        const int32_t corner = lattice.entry[i];
+        sum += lattice.weight[corner] * (q ? q[corner / (d + 1) * C + c] : T(1));
+      }
+      out[part * C + c] = sum;
+    }
+  }
+}
+
+// out [vertices][C]: the sums of each vertex's parts.
+template <class T>
+__global__ void __launch_bounds__(kLatticeThreads)
+    sum_parts(const int32_t* found, const int32_t* first_part, const T* parts, int64_t C, T* out) {
+  const int32_t vertices = found[0];
+  for (int64_t v = first_row(); v < vertices; v += row_stride()) {
+    const int32_t begin = first_part[v], end = first_part[v + 1];
+    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
+      T sum = parts[begin * C + c];
+      for (int32_t i = begin + 1; i < end; ++i) sum += parts[i * C + c];
+      out[v * C + c] = sum;
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kLatticeThreads)
+    blur(const int32_t* found, const int32_t* ahead, const int32_t* behind, const T* from, int64_t C, T* to) {
+  const int32_t vertices = found[0];
+  for (int64_t v = first_row(); v < vertices; v += row_stride()) {
+    const int64_t a = ahead[v], b = behind[v];
+    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
+      const T sum = (b < 0 ? T(0) : from[b * C + c]) + (a < 0 ? T(0) : from[a * C + c]);
+      to[v * C + c] = lattice_blur<T>(from[v * C + c], sum);
+    }
+  }
+}
+
+// The weights in splat and slice times D^-1/2, D the answer to ones.
+template <class T, int d>
+__global__ void __launch_bounds__(kLatticeThreads) normalise(LatticeView<T, d> lattice) {
+  const int64_t pixel = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (pixel >= lattice.corners / (d + 1)) return;
+  const T scale = T(1) / std::sqrt(lattice.slice(pixel, 1, 0));
+  for (int k = 0; k <= d; ++k) lattice.weight[pixel * (d + 1) + k] *= scale;
+}
+
+// The kernel D^-1/2 S^T B S D^-1/2 of image b, and its values on the vertices.
+template <class T, int d>
+class DeviceLattice {
+ public:
+  // Numbers of `scratch`, which lattices may share.
+  static int64_t room(int64_t pixels, int64_t C) { return pixels * (d + 1) * C; }
+
+  DeviceLattice(const CudaCall& call, const LatticeMap<d>& map, const PixelFeatures<d>& features,
+                const Tensor& images, int64_t b, int64_t C, T* scratch)
+      : call_(call), sorter_(images, images.size(2) * images.size(3) * (d + 1)), scratch_(scratch) {
+    const int64_t n = sorter_.count();
+    numbers_ = new_on_device(images, {(3 + 2 * (d + 1)) * n + 2}, ScalarType::Int);
+    weights_ = new_on_device(images, {n}, scalar_type_of<T>);
+    values_ = new_on_device(images, {n * C}, scalar_type_of<T>);
+    view_.corners = n;
+    view_.weight = weights_.mutable_data_ptr<T>();
+    view_.values = values_.mutable_data_ptr<T>();
+    view_.vertex = numbers_.mutable_data_ptr<int32_t>();
+    view_.neighbour = view_.vertex + n;
+    view_.part_begin = view_.neighbour + 2 * (d + 1) * n;
+    view_.first_part = view_.part_begin + n + 1;
+    const int bits = map.key_bits();
+    const SortKey mask = (SortKey(1) << bits) - 1;
+    launch(call, find_corners<T, d>, by_pixel(), dim3(kLatticeThreads), 0, map, features, mask,
+           View<const uint8_t, 4>::of(images), b, sorter_.now().keys, view_.weight);
+    sorter_.sort(call, bits);
+    view_.found = sorter_.totals();
+    view_.entry = sorter_.now().entries;
+    const SortKey* keys = sorter_.now().keys;
+    SortKey* vertex_keys = sorter_.other().keys;  // free after the sort
+    const dim3 by_key = grid_of(sorter_.blocks()), threads(kSortThreads);
+    launch(call, count_vertices, by_key, threads, 0, keys, n, sorter_.counts());
+    sorter_.sum(call, 2);
+    launch(call, number_vertices<T, d>, by_key, threads, 0, keys, sorter_.counts(), view_, vertex_keys);
+    const RowLaunch rows(call, n, 2 * (d + 1));
+    launch(call, find_neighbours<T, d>, rows.grid, rows.block, 0, map, mask, vertex_keys, view_);
+    filter(nullptr, 1);
+    launch(call, normalise<T, d>, by_pixel(), dim3(kLatticeThreads), 0, view_);
+  }
+
+  const LatticeView<T, d>& view() const { return view_; }
+
+  // view().values from q [pixels][C] (null: 1)
+  void filter(const T* q, int64_t C) {
+    T *from = scratch_, *to = values_.mutable_data_ptr<T>();
+    if ((d + 1) % 2 != 0) std::swap(from, to);  // so that the last blur ends in the values
+    const RowLaunch rows(call_, view_.corners, C);
+    launch(call_, splat_parts<T, d>, rows.grid, rows.block, 0, view_, q, C, from);
+    launch(call_, sum_parts<T>, rows.grid, rows.block, 0, view_.found, view_.first_part, from, C, to);
+    for (int j = 0; j <= d; ++j) {
+      std::swap(from, to);
+      const int32_t* ahead = view_.neighbour + 2 * j * view_.corners;
+      launch(call_, blur<T>, rows.grid, rows.block, 0, view_.found, ahead, ahead + view_.corners, from, C,
+             to);
+    }
+  }
+
+ private:
+  dim3 by_pixel() const { return grid_of((view_.corners / (d + 1) + kLatticeThreads - 1) / kLatticeThreads); }
+
+  const CudaCall& call_;
+  Sorter sorter_;
+  T* scratch_;
+  Tensor numbers_, weights_, values_;
+  LatticeView<T, d> view_;
+};
+
+}  // namespace pssl::PSSL_SIMD_NAMESPACE

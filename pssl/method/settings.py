@@ -1,0 +1,162 @@
+"""Settings of the steps from CAMs to a segmentation network, with what their defaults come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pssl.cli import Floats, Integers
+from pssl.config import BackboneConfig, OptimizerConfig
+
+STEPS = ("crf", "par", "affinity")
+
+
+@dataclass
+class CRFConfig:
+    """Fully-connected CRF, as `pssl_ext.dense_crf` takes it."""
+
+    iterations: int = 10
+    """Iterations of the mean field (DeepLab's, Chen et al. 2015)."""
+    gaussian: Floats = (3.0, 3.0)
+    """Standard deviation in pixels and weight of the kernel on positions (pydensecrf's example, AffinityNet, IRN)."""
+    bilateral: Floats = (80.0, 13.0, 10.0)
+    """Standard deviations in pixels and in steps of 0..255, and weight of the kernel on positions and colours (the
+    same; for photographs of some 500 pixels)."""
+
+
+@dataclass
+class PARConfig:
+    """Pixel-adaptive refinement, as `pssl_ext.pixel_refine` takes it."""
+
+    dilations: Integers = (1, 2, 4, 8, 12, 24)
+    """Distances of the neighbours in pixels (AFA, Ru et al. 2022)."""
+    iterations: int = 10
+    """(AFA; ToCo too.)"""
+    colour_scale: float = 0.3
+    """How alike colours must be (PAR's w1)."""
+    position_weight: float = 0.01
+    """Share of the term of positions (PAR's w2)."""
+
+
+@dataclass
+class AffinityConfig(OptimizerConfig):
+    """AffinityNet (Ahn & Kwak 2018) on the frozen features of the CAM network, and its random walk."""
+
+    checkpoint: Path | None = None
+    """Affinities that another run of pssl.refine trained (its affinity.safetensors). None: train them on this
+    split."""
+    foreground_margin: float = 0.15
+    """A pixel is surely of its class where it is so at the threshold plus this (IRN: 0.30 beside 0.15)."""
+    background_margin: float = 0.1
+    """A pixel is surely background where it is so at the threshold less this too (IRN: 0.05 beside 0.15)."""
+    crf: bool = True
+    """Both labellings go through the CRF first (AffinityNet, IRN)."""
+    scale: float = 2.0
+    """Scale of the images that features are taken from: the finer the grid, the finer the walk."""
+    dim: int = 64
+    """Channels of the affinity features (AffinityNet: 448, on a network of its own)."""
+    radius: int = 5
+    """Cells less than this apart are neighbours (AffinityNet)."""
+    beta: float = 8.0
+    """Exponent of the affinities in the walk (AffinityNet)."""
+    log2_steps: int = 8
+    """The walk takes 2^this steps (AffinityNet)."""
+    epochs: int = 4
+    """Epochs over the split (AffinityNet: 8)."""
+    batch_size: int = 8
+    """Images a step (AffinityNet)."""
+    lr: float = 5e-3
+    """Peak learning rate."""
+    head_lr_factor: float = 1.0
+    """All layers learn at one rate."""
+
+
+@dataclass
+class RefineSettings:
+    """What is done to the CAMs."""
+
+    method: str = "crf"
+    """Steps in their order, joined by "+": "crf", "par", "affinity", "affinity+crf", ...; "none": the threshold
+    alone."""
+    threshold: float | None = None
+    """Background score. None: the threshold that the CAMs' checkpoint was scored best at, on its training split."""
+    power: float | None = None
+    """Background score (1 - max CAM)^power in place of a threshold (AffinityNet: 4 to 32)."""
+    unsure: float | None = None
+    """Pixels whose best region has less than this share of the scores become 255. None: every pixel gets a region."""
+    crf: CRFConfig = field(default_factory=CRFConfig)
+    par: PARConfig = field(default_factory=PARConfig)
+    affinity: AffinityConfig = field(default_factory=AffinityConfig)
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        if any(step not in STEPS for step in steps) or len(set(steps)) != len(steps):
+            expected = f"'none', or different names of {', '.join(STEPS)} joined by '+'"
+            raise ValueError(f"method: expected {expected}, got {self.method!r}")
+        if self.threshold is not None and self.power is not None:
+            raise ValueError("power: expected none beside a threshold, got both")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(f"threshold: expected a value between 0 and 1, got {self.threshold}")
+        if self.power is not None and self.power <= 0:
+            raise ValueError(f"power: expected a value above 0, got {self.power}")
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps in their order."""
+        return () if self.method == "none" else tuple(self.method.split("+"))
+
+
+@dataclass
+class SegmenterConfig(BackboneConfig):
+    """DeepLab: backbone and head."""
+
+    init: Path | None = None
+    """A checkpoint of pssl.train whose backbone training starts from, in place of `weights`; not one of a frozen
+    backbone."""
+    head: Literal["largefov", "v3plus"] = "largefov"
+    """"largefov": DeepLab v1's, which most WSSS papers report; "v3plus": v3+'s pyramid and decoder."""
+    dim: int = 256
+    """Channels of the head (v3+: 256; LargeFOV: 1024)."""
+    rates: Integers = (6,)
+    """Dilations of the head: one for largefov (DeepLab v1: 12 at stride 8; 6: a quarter of the embedded set's images at
+    stride 4), one a branch for v3plus (6,12,18 at stride 16)."""
+    dropout: float = 0.5
+    """Share of the head's channels that training drops (DeepLab v1)."""
+
+
+@dataclass
+class SegmentScheduleConfig(OptimizerConfig):
+    """Optimiser and length of the training."""
+
+    epochs: int = 20
+    """Epochs over the images with pseudo labels."""
+    lr: float = 1e-3
+    """Peak learning rate of the backbone."""
+    head_lr_factor: float = 10.0
+    """Learning rate of the head over that of the backbone (DeepLab)."""
+
+
+@dataclass
+class PredictConfig:
+    """How a trained network labels an image."""
+
+    scales: Floats = (0.75, 1.0, 1.25)
+    """Scales whose probabilities are averaged."""
+    flip: bool = True
+    """Also read the mirrored image."""
+    crf: bool = False
+    """Refine the probabilities by the CRF (DeepLab v1 and v2 do, v3+ does not)."""
+
+
+@dataclass
+class SegmentSettings:
+    """What is trained on the pseudo labels, and how it labels images."""
+
+    model: SegmenterConfig = field(default_factory=SegmenterConfig)
+    schedule: SegmentScheduleConfig = field(default_factory=SegmentScheduleConfig)
+    zoom: Floats = (0.75, 1.5)
+    """Training images are resized so that their long side is `data.size` times a random factor of this range, then cut
+    or padded to `data.size` (DeepLab: 0.5 to 1.5 or 2 times the image's own size)."""
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    crf: CRFConfig = field(default_factory=CRFConfig)

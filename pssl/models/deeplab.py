@@ -1,0 +1,212 @@
+"""DeepLab: a segmentation network of a backbone and one of two heads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pssl.data.transforms import multi_scale, to_float
+from pssl.models.backbones import fixed_modules
+
+Head = Literal["largefov", "v3plus"]
+
+
+class LargeFOV(nn.Module):
+    """DeepLab v1's head with a large field of view (Chen et al., ICLR 2015): fc6 as a dilated 3x3 convolution, fc7 and
+    the classifier as 1x1 ones.
+
+    Args:
+        channels: of the backbone.
+        regions: C.
+        dim: channels of fc6 and fc7 (DeepLab: 1024).
+        rate: dilation of fc6 (DeepLab: 12 at stride 8).
+        dropout: after fc6 and fc7 (DeepLab: 0.5).
+    """
+
+    def __init__(self, channels: int, regions: int, dim: int, rate: int, dropout: float) -> None:
+        super().__init__()
+        self.fc6 = nn.Conv2d(channels, dim, 3, padding=rate, dilation=rate)
+        self.fc7 = nn.Conv2d(dim, dim, 1)
+        self.classifier = nn.Conv2d(dim, regions, 1)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, activations: Tensor) -> Tensor:  # [B,channels,h,w]
+        """Logits [B,C,h,w]."""
+        x = self.dropout(F.relu(self.fc6(activations)))
+        return self.classifier(self.dropout(F.relu(self.fc7(x))))
+
+
+def _conv(inputs: int, outputs: int, kernel: int = 1, rate: int = 1) -> nn.Sequential:
+    """Convolution, batch norm, ReLU, at an unchanged size."""
+    padding = rate * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=rate, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class V3Plus(nn.Module):
+    """DeepLab v3+'s head (Chen et al., ECCV 2018): atrous spatial pyramid pooling, and a decoder on a finer grid.
+
+    The branch that pools the whole image has a bias in place of batch norm, which a batch of one image has no
+    statistics for.
+
+    Args:
+        channels: of the backbone's output.
+        fine_channels: of the finer activations.
+        regions: C.
+        dim: channels of every branch and of the decoder (v3+: 256).
+        rates: dilations of the 3x3 branches (v3+: 6, 12, 18 at stride 16).
+        dropout: before the classifier.
+    """
+
+    FINE = 48  # channels that the finer activations are brought to (v3+)
+
+    def __init__(
+        self, channels: int, fine_channels: int, regions: int, dim: int, rates: Sequence[int], dropout: float
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([_conv(channels, dim), *(_conv(channels, dim, 3, r) for r in rates)])
+        self.whole = nn.Conv2d(channels, dim, 1)
+        self.project = _conv(dim * (len(rates) + 2), dim)
+        self.fine = _conv(fine_channels, self.FINE)
+        self.decoder = nn.Sequential(
+            _conv(dim + self.FINE, dim, 3), _conv(dim, dim, 3), nn.Dropout2d(dropout)
+        )
+        self.classifier = nn.Conv2d(dim, regions, 1)
+
+    def forward(self, activations: Tensor, fine: Tensor) -> Tensor:  # [B,channels,h,w], [B,fine_channels,H,W]
+        """Logits [B,C,H,W]."""
+        pooled = F.relu(self.whole(activations.mean((2, 3), keepdim=True))).expand(
+            -1, -1, *activations.shape[2:]
+        )
+        x = self.project(torch.cat([*(branch(activations) for branch in self.branches), pooled], 1))
+        x = F.interpolate(x, size=fine.shape[2:], mode="bilinear", align_corners=False)
+        return self.classifier(self.decoder(torch.cat([x, self.fine(fine)], 1)))
+
+
+class DeepLab(nn.Module):
+    """A backbone and a head.
+
+    Args:
+        backbone: of :mod:`pssl.models.backbones`; for "v3plus" one with a `fine_layer`.
+        regions: C, background included.
+        head: "largefov" or "v3plus".
+        dim: channels of the head.
+        rates: dilations; "largefov" takes one, "v3plus" one a branch.
+        dropout: of the head.
+        fixed: what of the backbone training leaves as it is (`fixed_modules`).
+
+    Raises ValueError, naming the argument, for another head, another number of rates, a backbone without a finer grid.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        regions: int,
+        *,
+        head: Head = "largefov",
+        dim: int = 256,
+        rates: Sequence[int] = (12,),
+        dropout: float = 0.5,
+        fixed: str = "nothing",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.fixed = fixed
+        for module in fixed_modules(backbone, fixed):
+            module.requires_grad_(False)
+        if head == "largefov":
+            if len(rates) != 1:
+                raise ValueError(f"rates: expected one dilation for largefov, got {list(rates)}")
+            self.head = LargeFOV(backbone.channels, regions, dim, rates[0], dropout)
+        elif head == "v3plus":
+            if backbone.fine_layer is None:
+                raise ValueError(
+                    f"head: expected largefov for {type(backbone).__name__}, which has no map of stride 4; got v3plus"
+                )
+            if not rates:
+                raise ValueError("rates: expected one dilation or more for v3plus, got none")
+            backbone.get_submodule(backbone.fine_layer).register_forward_hook(
+                _keep_output(backbone.fine_index)
+            )
+            self.head = V3Plus(backbone.channels, self._fine_channels(), regions, dim, rates, dropout)
+        else:
+            raise ValueError(f"head: expected 'largefov' or 'v3plus', got {head!r}")
+
+    @torch.no_grad()
+    def _fine_channels(self) -> int:
+        """Channels of the finer activations, seen on an empty image."""
+        training = self.backbone.training
+        self.backbone.eval()(torch.zeros(1, 3, 64, 64))
+        self.backbone.train(training)
+        return _take_output().shape[1]
+
+    def train(self, mode: bool = True) -> DeepLab:
+        """Training mode for everything but the backbone's fixed layers."""
+        super().train(mode)
+        for module in fixed_modules(self.backbone, self.fixed):
+            module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W], normalised by the backbone's `normalise`
+        """Logits [B,C,h,w], on the backbone's grid for "largefov", on the finer one for "v3plus"."""
+        activations = self.backbone(images)
+        if isinstance(self.head, V3Plus):
+            return self.head(activations, _take_output())
+        return self.head(activations)
+
+    @torch.no_grad()
+    def probabilities(
+        self,
+        image: Tensor,  # uint8 [3,H,W]
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+    ) -> Tensor:
+        """Mean over `scales`, and over mirrored passes with `flip`, of the softmax at the image's size: [C,H,W].
+
+        Float32, on the network's device; in the mode that the network is in.
+        """
+        device = next(self.parameters()).device
+        pixels = self.backbone.normalise(to_float(image[None].to(device)))
+        total = torch.zeros((), device=device)
+        for resized in multi_scale(pixels, scales):
+            for mirrored in (False, True) if flip else (False,):
+                logits = self(resized.flip(3) if mirrored else resized).float()
+                logits = logits.flip(3) if mirrored else logits
+                total = total + resize(logits, image.shape[1:]).softmax(1)
+        return total[0] / (len(scales) * (2 if flip else 1))
+
+
+def resize(logits: Tensor, size: Sequence[int]) -> Tensor:  # [B,C,h,w]
+    """Logits at label resolution, bilinearly: [B,C,H,W]."""
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B,C,h,w], uint8 [B,H,W], 255: ignored
+    """Mean cross-entropy over the pixels that count, at label resolution; 0 with a gradient of 0 where none does."""
+    logits, labels = resize(logits.float(), labels.shape[1:]), labels.long()
+    total = F.cross_entropy(logits, labels, ignore_index=255, reduction="sum")
+    return total / (labels != 255).sum().clamp(min=1)
+
+
+# A forward hook has no other way to hand something to its caller, and images are predicted in several threads.
+_seen = threading.local()
+
+
+def _keep_output(index: int) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that keeps a module's output, or the entry `index` of it, for :func:`_take_output`."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        _seen.output = output if isinstance(output, Tensor) else output[index]
+
+    return hook
+
+
+def _take_output() -> Tensor:
+    """What a hook of this thread kept last."""
+    output, _seen.output = _seen.output, None
+    return output

@@ -1,0 +1,218 @@
+"""From CAMs to pseudo labels: ``python -m pssl.refine --method affinity+crf --cams runs/cams --out runs/labels``.
+
+One palette PNG an image in OUT, as VOC's masks are: 0 background, 1..K the classes, 255 where unsure (if asked for).
+Beside them refine.yaml (the settings), refine.json (what came out), and with "affinity" the confident labels and
+affinity.safetensors. Files that are there are kept, so that a run that was stopped carries on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pssl.cams import CamsConfig, made_from
+from pssl.cli import parse, to_dict
+from pssl.config import DataConfig
+from pssl.data.open import DataFolder
+from pssl.data.palette import write_label_png
+from pssl.engine import distributed
+from pssl.engine.affinities import (
+    Affinities,
+    load_head,
+    new_head,
+    save_head,
+    train_affinities,
+    write_confident_labels,
+)
+from pssl.engine.cam_files import even_selection, read_cams
+from pssl.engine.checkpoint import load_weights, write_text
+from pssl.engine.claim import claim
+from pssl.engine.log import Log
+from pssl.engine.parallel import over_images
+from pssl.engine.workspace import build_inputs, load_net, open_data, resolve_device
+from pssl.method.pseudo_labels import best_regions, crf_step, label_scores, par_step, walk_step
+from pssl.method.settings import RefineSettings
+from pssl.models.weights import file_digest
+from pssl_ext.ops.cam_sweep import power_thresholds
+
+Step = Callable[[str, Tensor, Tensor], Tensor]
+"""From an image's id, its pixels uint8 [3,H,W] and scores [1+k,H,W] to new scores."""
+
+
+@dataclass
+class RefineConfig(RefineSettings):
+    """`python -m pssl.refine`: pseudo labels from CAMs."""
+
+    cams: Path = Path("runs/cams")
+    """Folder of pssl.cams, or .npz files of another program like its."""
+    checkpoint: Path | None = None
+    """The CAM network, for its features and its threshold. None: the one that cams.yaml beside the CAMs names."""
+    data: DataConfig = field(default_factory=DataConfig)
+    split: str = "train"
+    """ImageSets split to label; every image of it needs CAMs."""
+    images: int | None = None
+    """Label this many images, evenly spaced in the split's list. None: all."""
+    out: Path = Path("runs/labels")
+    """Folder for the files."""
+    seed: int = 0
+    """Seed of the affinities' weights and order."""
+    workers: int | None = None
+    """Images at a time, a thread each. None: as many as processors."""
+    device: str = "auto"
+    """Torch device of the networks, or "auto": CUDA where there is one, else CPU. CRF, PAR and walk are on the CPU."""
+
+
+def resolve(config: RefineConfig) -> tuple[RefineConfig, CamsConfig | None]:
+    """Fill in checkpoint and threshold from what is known of the CAMs; errors say what to give where it is not."""
+    source = made_from(config.cams)
+    if config.checkpoint is None and source is not None:
+        config.checkpoint = source.checkpoint
+    if config.threshold is None and config.power is None:
+        if config.checkpoint is None:
+            raise ValueError(
+                "threshold: expected one, or a power, for CAMs without a known checkpoint "
+                f"({config.cams} has no cams.yaml)"
+            )
+        readout = "cam" if source is None else source.readout
+        config.threshold = load_weights(config.checkpoint)[1]["thresholds"][readout]
+    if "affinity" in config.steps and config.checkpoint is None:
+        raise ValueError(
+            f"checkpoint: expected one for the affinities' features ({config.cams} has no cams.yaml to name it)"
+        )
+    return config, source
+
+
+def open_affinities(
+    config: RefineConfig, source: CamsConfig | None, folder: DataFolder, ids: Sequence[str], log: Log
+) -> Affinities:
+    """The CAM network with affinities, loaded or trained on this split."""
+    settings = config.affinity
+    trained = load_net(config.checkpoint, resolve_device(config.device))
+    config.data.size, config.data.loading = trained.size, "memory"  # labels lie on one grid for all images
+    scales = {1.0, settings.scale, *(source.inference.scales if source else ())}
+    inputs = build_inputs(folder, ids, trained.net, config.data, trained.model, scales, log)
+    digest = file_digest(config.checkpoint)
+    if settings.checkpoint is not None:
+        head = load_head(settings.checkpoint, trained.net, settings, digest)
+        return Affinities(trained.net, head.eval(), inputs, settings.scale)
+    affinities = Affinities(trained.net, new_head(trained.net, settings, config.seed), inputs, settings.scale)
+    confident = config.out / "confident"
+    threshold = config.threshold if config.power is None else power_thresholds([config.power])[0]
+    write_confident_labels(
+        confident, folder, list(ids), config.cams, threshold, settings, config.crf, config.workers, log
+    )
+    train_affinities(affinities, confident, settings, config.seed, config.out / "affinity.state.pt", log)
+    if distributed.is_first():
+        save_head(config.out / "affinity.safetensors", affinities.head, settings.scale, digest)
+    affinities.head.eval()
+    return affinities
+
+
+def build_steps(config: RefineConfig, affinities: Affinities | None) -> list[tuple[str, Step]]:
+    """The steps of the method by name."""
+    settings = config.affinity
+
+    def walk(image_id: str, image: Tensor, scores: Tensor) -> Tensor:
+        features = affinities.features(index_of[image_id])
+        return walk_step(features, scores, settings.radius, settings.beta, settings.log2_steps)
+
+    index_of = {} if affinities is None else {i: n for n, i in enumerate(affinities.inputs.ids)}
+    steps = {
+        "crf": lambda _, image, scores: crf_step(image, scores, config.crf),
+        "par": lambda _, image, scores: par_step(image, scores, config.par),
+        "affinity": walk,
+    }
+    return [(name, steps[name]) for name in config.steps]
+
+
+def label_image(
+    config: RefineConfig, folder: DataFolder, steps: list[tuple[str, Step]], image_id: str
+) -> dict[str, float]:
+    """Write one image's labels; returns the seconds of each step and of the whole."""
+    begin = time.perf_counter()
+    image = torch.from_numpy(folder.image(image_id)).permute(2, 0, 1)
+    cams, class_ids = read_cams(config.cams, image_id)
+    if cams.shape[1:] != image.shape[1:]:
+        raise ValueError(
+            f"{config.cams / image_id}.npz: expected CAMs of the image's size {list(image.shape[1:])}, "
+            f"got {list(cams.shape[1:])}"
+        )
+    scores, regions = label_scores(cams, class_ids, config.threshold, config.power)
+    seconds = {}
+    for name, step in steps if len(regions) > 1 else ():
+        before = time.perf_counter()
+        scores = step(image_id, image, scores)
+        seconds[name] = time.perf_counter() - before
+    labels = best_regions(scores, regions, config.unsure)
+    write_label_png(config.out / f"{image_id}.png", labels.numpy())
+    return {**seconds, "image": time.perf_counter() - begin}
+
+
+def run(config: RefineConfig, log: Log | None = None) -> dict:
+    """Label a split; returns what refine.json holds."""
+    distributed.start(resolve_device(config.device))
+    log = log or Log()
+    config, source = resolve(config)
+    folder = open_data(config.data)
+    ids = folder.ids(config.split)
+    ids = [ids[i] for i in even_selection(len(ids), config.images)]
+    settings = {
+        key: value for key, value in to_dict(config).items() if key not in ("out", "workers", "device")
+    }
+    digest = None if config.checkpoint is None else file_digest(config.checkpoint)
+    claim(config.out / "refine.yaml", {**settings, "checkpoint_digest": digest})
+    todo = [image_id for image_id in distributed.share(ids) if not (config.out / f"{image_id}.png").is_file()]
+    affinities = None
+    if "affinity" in config.steps:
+        affinities = open_affinities(config, source, folder, ids, log)
+    steps = build_steps(config, affinities)
+    names = [*config.steps, "image"]
+    sums = dict.fromkeys(names, 0.0)
+    begin = time.perf_counter()
+    with log.progress(f"{config.method} of {config.split}", len(todo)) as bar:
+        for seconds in over_images(partial(label_image, config, folder, steps), todo, config.workers):
+            for name, value in seconds.items():
+                sums[name] += value
+            bar.advance()
+    elapsed = time.perf_counter() - begin
+    totals = distributed.sum_over_ranks(
+        torch.tensor([len(todo), *sums.values()], dtype=torch.float64)
+    ).tolist()
+    written = int(totals[0])
+    result = {
+        "method": config.method,
+        "data": folder.name,
+        "split": config.split,
+        "background": {"threshold": config.threshold, "power": config.power},
+        "images": len(ids),
+        "written": written,
+        "kept": len(ids) - written,
+        "seconds": round(elapsed, 2),
+        "seconds_per_image": {
+            n: round(t / max(written, 1), 4) for n, t in zip(names, totals[1:], strict=True)
+        },
+    }
+    if distributed.is_first():
+        write_text(config.out / "refine.json", json.dumps(result, indent=1))
+        each = ", ".join(f"{name} {value:.3f} s" for name, value in result["seconds_per_image"].items())
+        log.say(f"{written} labels written, {result['kept']} kept in {config.out}; a thread's time: {each}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    try:
+        run(parse(RefineConfig, argv, prog="python -m pssl.refine"))
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
