@@ -64,6 +64,9 @@ def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: 
         state_path=out / "checkpoints" / f"{name}.state.pt",
         engine=config.engine,
     )
+    if objective.rcm is not None and config.method.rcm.refresh_epochs:
+        stage.refresh = lambda stage: refresh(experiment, stage)
+        stage.refresh_epochs = config.method.rcm.refresh_epochs
     log = experiment.log
     with log.progress(f"train {name}", stage.steps) as bar:
 
@@ -85,9 +88,15 @@ def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: 
     return stage
 
 
+def refresh(experiment: Experiment, stage: Stage) -> None:
+    """SupportNet starts anew as MainNet; its readout by MainNet's prototypes makes the region masks from here on."""
+    stage.objective.rcm.anchor(find_prototypes(experiment, stage.net, stage.objective.rcm))
+    stage.support.restart(stage.net)
+
+
 def keep_if_best(experiment: Experiment, stage: Stage, epoch: int, seed: int, out: Path) -> None:
     """Score the CAMs of a stage's network on the training images; keep it if none of its epochs scored higher."""
-    prototypes = find_prototypes(experiment, stage.net)
+    prototypes = find_prototypes(experiment, stage.net, stage.objective.rcm)
     scored = score_role(experiment, stage.name, stage.net, prototypes, "train")["cam"]
     miou = max(scored.curve)
     if miou > stage.best.get("miou", -1.0):
@@ -121,7 +130,7 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
         if arm != "classifier":
             net = stage1.twin()
             stage = train_stage(experiment, arm, net, seed, out)
-        prototypes = find_prototypes(experiment, net)
+        prototypes = find_prototypes(experiment, net, stage.objective.rcm)
         nets[arm] = net
         begin = time.perf_counter()
         readouts = score(experiment, arm, net, prototypes)

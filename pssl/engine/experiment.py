@@ -11,11 +11,13 @@ from pssl.config import TERMS_OF_ARM, TrainConfig
 from pssl.data.open import DataFolder
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
-from pssl.engine.inference import READOUTS, Prototypes, final_prototypes, read_images
+from pssl.engine.inference import READOUTS, final_prototypes, read_images
 from pssl.engine.inputs import Inputs
 from pssl.engine.log import Log
 from pssl.engine.scoring import Score, Scorer
 from pssl.engine.workspace import build_inputs, memory_format, new_net, open_data, save_net, usable_images
+from pssl.method.rcm import RCM
+from pssl.method.readout import Prototypes
 from pssl.models.cam_net import CamNet
 
 
@@ -66,8 +68,8 @@ def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Expe
     return Experiment(config, folder, inputs, scored, device, log)
 
 
-def find_prototypes(experiment: Experiment, net: CamNet) -> Prototypes:
-    """RCM's final prototypes of a network."""
+def find_prototypes(experiment: Experiment, net: CamNet, rcm: RCM | None) -> Prototypes:
+    """RCM's prototypes of the training split, by the module that the network was trained with, if any."""
     config = experiment.config
     return final_prototypes(
         net,
@@ -76,6 +78,7 @@ def find_prototypes(experiment: Experiment, net: CamNet) -> Prototypes:
         config.method.rcm,
         config.inference,
         config.method.support.scales,
+        trained_with=rcm,
     )
 
 

@@ -81,6 +81,8 @@ def run_stage(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         begin = time.perf_counter()
         for step in range(first, stage.steps):
+            if step % stage.steps_per_epoch == 0:
+                stage.before_epoch(step // stage.steps_per_epoch)
             stage.net.train()
             factor = lr_share(step, stage.steps, stage.schedule)
             for group in optimizer.param_groups:

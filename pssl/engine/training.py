@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +73,10 @@ class Training(ABC):
     def losses(self, fed: Any) -> dict[str, Tensor]:
         """The losses of a step by name; "total" is the one to minimise."""
 
-    def after_step(self) -> None:  # noqa: B027 (most trainings have nothing to do)
+    def before_epoch(self, epoch: int) -> None:  # noqa: B027 (most trainings have nothing to do)
+        """Called before the first step of each epoch."""
+
+    def after_step(self) -> None:  # noqa: B027
         """Called after each step of the optimiser."""
 
     def compile(self, backend: str) -> None:
@@ -116,6 +119,9 @@ class Stage(Training):
     seed: int
     state_path: Path | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
+    refresh: Callable[[Stage], None] | None = None
+    """Called before the first step of every `refresh_epochs`-th epoch but the first."""
+    refresh_epochs: int = 0
     seconds: float = field(default=0.0, init=False)
 
     @property
@@ -147,6 +153,10 @@ class Stage(Training):
 
     def losses(self, fed: tuple[dict[float, Tensor], Tensor]) -> dict[str, Tensor]:
         return self.objective(self.net, self.support, *fed)
+
+    def before_epoch(self, epoch: int) -> None:
+        if self.refresh is not None and epoch and epoch % self.refresh_epochs == 0:
+            self.refresh(self)
 
     def after_step(self) -> None:
         if self.support is not None:

@@ -155,3 +155,20 @@ def test_nan_in_an_absent_class(op, device):
         found.append(run(OPS[op], dict(args, image_labels=labels, size=(8, 8))).named())
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
+
+
+@pytest.mark.parametrize("device", devices())
+def test_nan_that_counts_stays_with_its_pixel(device):
+    """Labels on the feature grid: a pixel's NaN reaches its image's sums, its own gradient and nothing else."""
+    g = torch.Generator().manual_seed(6)
+    features = torch.randn(2, 9, 17, 21, generator=g)  # more pixels than one tile of the CPU kernel has
+    features[0, :, 3, 5] = math.nan
+    features = features.to(device).requires_grad_()
+    regions = torch.randint(0, 4, (2, 17, 21), generator=g).to(device)
+    sums, _ = prototype_pool(features, regions, 4)
+    sums.sum().backward()
+    assert not sums[0, regions[0, 3, 5]].isfinite().any()
+    assert bool(sums[1].isfinite().all())
+    affected = ~features.grad.isfinite()
+    assert bool(affected[0, :, 3, 5].all())
+    assert int(affected.sum()) == 9

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pssl.config import EngineConfig, MethodConfig, ScheduleConfig
 from pssl.engine import checkpoint
@@ -12,6 +13,7 @@ from pssl.engine.loop import Stage, build_optimizer, epoch_batches, lr_share, ru
 from pssl.engine.optimizer import head_layers
 from pssl.engine.seeding import generator
 from pssl.method.losses import Objective
+from pssl.method.readout import Prototypes
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet, build_cam_net
 
@@ -63,18 +65,28 @@ def test_training_state_cannot_run_code(tmp_path):
         checkpoint.load_state(tmp_path / "bad.pt")
 
 
+def anchor_anew(stage):
+    """A refresh that depends on the network as it is, as that of pssl.train does."""
+    rows = torch.cat([stage.net.classifier.weight.new_ones(1, 8), stage.net.classifier.weight[:, :, 0, 0]])
+    valid = torch.ones(len(rows), dtype=torch.bool)
+    stage.objective.rcm.anchor(Prototypes(F.normalize(rows.detach(), dim=1), valid, 0.5))
+    stage.support.restart(stage.net)
+
+
 class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [0, 2, 3])
-def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop):
+@pytest.mark.parametrize(("stop", "refresh_epochs"), [(0, 0), (1, 0), (2, 1), (3, 1)])
+def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop, refresh_epochs):
     """Weights, SupportNet, prototype memory and losses to the bit, with dropout, accumulation, clipping and a best."""
 
     def stage(path=None):
         made = make_stage(path, epochs=2)
         made.net.dropout.p, made.schedule.warmup = 0.5, 0.5
         made.engine = EngineConfig(save_every=1, accumulate=2, clip_norm=0.5)
+        if refresh_epochs:
+            made.refresh, made.refresh_epochs = anchor_anew, refresh_epochs
         return made
 
     def remember(stage):
@@ -82,6 +94,7 @@ def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop):
 
     whole = stage()
     run_stage(whole, on_epoch=remember(whole))
+    assert whole.objective.rcm.anchored == (refresh_epochs > 0)
     path = tmp_path / "state.pt"
 
     def interrupt(values):
