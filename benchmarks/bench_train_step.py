@@ -35,7 +35,7 @@ from pssl.config import ModelConfig, TrainConfig
 from pssl.engine.inputs import ImageInputs
 from pssl.engine.loop import build_optimizer
 from pssl.engine.seeding import generator as seeded
-from pssl.engine.workspace import new_net
+from pssl.engine.workspace import net_of
 from pssl.method.losses import Objective
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamOutput
@@ -56,7 +56,8 @@ class Step:
     def __post_init__(self) -> None:
         config, g = self.config, generator()
         torch.manual_seed(0)
-        self.net = new_net(config.model, CLASSES, 0).to(self.device).train()
+        net = net_of(config.model, CLASSES)  # weights change no time
+        self.net = net.to(self.device, memory_format=torch.channels_last).train()
         self.objective = Objective(
             config.method, CLASSES, self.net.dim, config.data.size, rcm=True, mam=True
         ).to(self.device)
@@ -89,7 +90,9 @@ class Step:
         def see(scales: list[float]) -> None:
             for scale in scales:
                 seen[scale] = self.net(inputs[scale])
-                leaves[scale] = CamOutput(*(t.detach().requires_grad_() for t in seen[scale]))
+                leaves[scale] = CamOutput(
+                    *(t if t is None else t.detach().requires_grad_() for t in seen[scale])
+                )
 
         def loss(name: str) -> None:
             found = objective.terms(leaves, target, self.labels, (name,))[name]
@@ -97,7 +100,9 @@ class Step:
 
         def back(scales: list[float]) -> None:
             pairs = [pair for s in scales for pair in zip(seen[s], leaves[s], strict=True)]
-            outputs, at = zip(*((o, leaf.grad) for o, leaf in pairs if leaf.grad is not None), strict=True)
+            outputs, at = zip(
+                *((o, leaf.grad) for o, leaf in pairs if o is not None and leaf.grad is not None), strict=True
+            )
             torch.autograd.backward(outputs, at)
 
         yield "inputs", lambda: inputs.update(self.inputs())

@@ -17,6 +17,7 @@ struct PoolArguments {
 
   int64_t H() const { return regions.size(regions.dim() - 2); }
   int64_t W() const { return regions.size(regions.dim() - 1); }
+  bool soft() const { return regions.dim() == 4; }
   bool same_grid() const { return H() == features.size(2) && W() == features.size(3); }
   void check(const char* op) const {
     const int64_t B = features.size(0);

@@ -178,6 +178,15 @@ class RCMConfig:
     """Temperature of the softmax over cosines (paper: 0.5)."""
     memory: int = 5
     """Prototypes kept per class for images whose batch holds no other image of that class (DESIGN, section 9)."""
+    refresh_epochs: int = 0
+    """Every so many epochs of an arm, SupportNet starts anew as MainNet, and from the first time on the region masks
+    are its prototype readout, by prototypes of the whole training split, instead of its CAMs. Each time the masks
+    gain on the CAMs that the arm began with. Ours; 0 never does it (paper)."""
+    readout_foreground: float = 0.75
+    """`foreground` of masks by the readout, whose maps are 0.5 where class and background are equally likely.
+    Measured on photographs."""
+    readout_background: float = 0.55
+    """`background` of masks by the readout. Measured on photographs."""
     label_stride: int = 1
     """The region mask has side `data.size // label_stride`; 1 is label resolution (DESIGN, section 9)."""
 

@@ -20,7 +20,7 @@ from pssl.data.open import DataFolder
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
 from pssl.engine.checkpoint import write_text
-from pssl.engine.inference import READOUTS, Prototypes, final_prototypes, read_images
+from pssl.engine.inference import READOUTS, final_prototypes, read_images
 from pssl.engine.inputs import ActivationInputs, Inputs
 from pssl.engine.log import Log
 from pssl.engine.loop import Stage, run_stage
@@ -37,6 +37,8 @@ from pssl.engine.workspace import (
     usable_images,
 )
 from pssl.method.losses import Objective
+from pssl.method.rcm import RCM
+from pssl.method.readout import Prototypes
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
 
@@ -113,6 +115,9 @@ def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: 
         seed=seed,
         state_path=out / "checkpoints" / f"{name}.state.pt",
     )
+    if objective.rcm is not None and config.method.rcm.refresh_epochs:
+        stage.refresh = lambda stage: refresh(experiment, stage)
+        stage.refresh_epochs = config.method.rcm.refresh_epochs
     log = experiment.log
     with log.progress(f"train {name}", stage.steps) as bar:
 
@@ -124,6 +129,26 @@ def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: 
         run_stage(stage, resume=config.resume, on_step=on_step)
         bar.reach(stage.steps)  # epochs that were resumed count too
     return stage
+
+
+def prototypes_of(experiment: Experiment, net: CamNet, rcm: RCM | None) -> Prototypes:
+    """RCM's prototypes of the training split, by the module that the network was trained with, if any."""
+    config = experiment.config
+    return final_prototypes(
+        net,
+        experiment.inputs["train"],
+        config.data.size,
+        config.method.rcm,
+        config.inference,
+        config.method.support.scales,
+        trained_with=rcm,
+    )
+
+
+def refresh(experiment: Experiment, stage: Stage) -> None:
+    """SupportNet starts anew as MainNet; its readout by MainNet's prototypes makes the region masks from here on."""
+    stage.objective.rcm.anchor(prototypes_of(experiment, stage.net, stage.objective.rcm))
+    stage.support.restart(stage.net)
 
 
 def score(experiment: Experiment, name: str, net: CamNet, prototypes: Prototypes) -> dict[str, dict]:
@@ -172,14 +197,7 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
         if arm != "classifier":
             net = stage1.twin()
             stage = train_stage(experiment, arm, net, seed, out)
-        prototypes = final_prototypes(
-            net,
-            train_inputs,
-            config.data.size,
-            config.method.rcm,
-            config.inference,
-            config.method.support.scales,
-        )
+        prototypes = prototypes_of(experiment, net, stage.objective.rcm)
         nets[arm] = net
         begin = time.perf_counter()
         readouts = score(experiment, arm, net, prototypes)

@@ -14,16 +14,6 @@
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
 template <class T>
-using Lanes = typename VecOf<BitsOf<T>>::type;
-
-template <class T>
-inline Lanes<T> load_lanes(const BitsOf<T>* p) {
-  Lanes<T> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <class T>
 int64_t map_row(int64_t w) {
   return w + 1 + kLanes<T>;
 }

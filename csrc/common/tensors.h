@@ -101,12 +101,18 @@ struct FeatureView {
     return {data,      t.scalar_type(), t.size(0),   t.size(1),   t.size(2),
             t.size(3), t.stride(0),     t.stride(1), t.stride(2), t.stride(3)};
   }
+  // Channels [d, d + n).
+  FeatureView channels(int64_t d, int64_t n) const {
+    return {element(d * sd), type, B, n, h, w, sb, sd, sy, sx};
+  }
   // Channel d of image b alone.
   FeatureView plane(int64_t b, int64_t d) const {
-    if (!data) return {nullptr, type, 1, 1, h, w, sb, sd, sy, sx};
-    void* first = with_floating(
-        type, [&](auto zero) -> void* { return static_cast<decltype(zero)*>(data) + b * sb + d * sd; });
-    return {first, type, 1, 1, h, w, sb, sd, sy, sx};
+    return {element(b * sb + d * sd), type, 1, 1, h, w, sb, sd, sy, sx};
+  }
+  void* element(int64_t offset) const {
+    if (!data) return nullptr;
+    return with_floating(type,
+                         [&](auto zero) -> void* { return static_cast<decltype(zero)*>(data) + offset; });
   }
   // The same elements as one row of h·w pixels, where is_flat_map: longer tiles.
   FeatureView flat() const { return {data, type, B, D, 1, h * w, sb, sd, h * w * sx, sx}; }

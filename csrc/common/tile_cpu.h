@@ -75,6 +75,16 @@ void pack_row(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n, 
   with_floating(f.type, [&](auto zero) { pack_row_of<T, decltype(zero)>(f, b, y, x, n, padded, out, ld); });
 }
 
+// Asks for the same pixels ahead of pack_row, where they lie side by side.
+inline void prefetch_row(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n) {
+  if (f.sx != 1) return;
+  with_floating(f.type, [&](auto zero) {
+    const auto* row = static_cast<const decltype(zero)*>(f.data) + b * f.sb + y * f.sy + x;
+    for (int64_t d = 0; d < f.D; ++d)
+      for (int64_t p = 0; p < n; p += 64 / int64_t(sizeof zero)) __builtin_prefetch(row + d * f.sd + p);
+  });
+}
+
 // Writes in[d][0..n) to pixels [x, x + n) of row y.
 template <class T, class S>
 PSSL_NOINLINE void unpack_row_of(const T* in, int64_t ld, const FeatureView& f, int64_t b, int64_t y,
@@ -281,17 +291,33 @@ PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, co
   for (; d < D; ++d) columns(std::integral_constant<int, 1>{}, d);
 }
 
+// squares[p] += sum_d f[d][p]^2 for p < pixels.
+template <class T>
+PSSL_NOINLINE void add_squares(const T* f, int64_t ld, int64_t pixels, int64_t D, T* squares) {
+  auto block = [&](auto vectors, int64_t p) {
+    constexpr int V = decltype(vectors)::value;
+    Vec<T> sum[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[v] = load<T>(squares + p + v * kLanes<T>);
+    for (int64_t d = 0; d < D; ++d)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> x = load<T>(f + d * ld + p + v * kLanes<T>);
+        sum[v] += x * x;
+      }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store<T>(squares + p + v * kLanes<T>, sum[v]);
+  };
+  int64_t p = 0;
+  for (; p + 8 * kLanes<T> <= pixels; p += 8 * kLanes<T>) block(std::integral_constant<int, 8>{}, p);
+  for (; p < pixels; p += kLanes<T>) block(std::integral_constant<int, 1>{}, p);
+}
+
 // squares[p] = sum_d f[d][p]^2 for p < pixels.
 template <class T>
-PSSL_NOINLINE void tile_squares(const T* f, int64_t ld, int64_t pixels, int64_t D, T* squares) {
-  for (int64_t p = 0; p < pixels; p += kLanes<T>) {
-    Vec<T> sum = {};
-    for (int64_t d = 0; d < D; ++d) {
-      Vec<T> v = load<T>(f + d * ld + p);
-      sum += v * v;
-    }
-    store<T>(squares + p, sum);
-  }
+void tile_squares(const T* f, int64_t ld, int64_t pixels, int64_t D, T* squares) {
+  std::fill_n(squares, pixels, T(0));
+  add_squares(f, ld, pixels, D, squares);
 }
 
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -7,13 +7,31 @@ namespace pssl::PSSL_SIMD_NAMESPACE {
 
 template <class T>
 struct Tile {
+  const FeatureView& view;
   int64_t b, y, x, n;  // pixels [x, x + n) of row y of image b
   int64_t index;       // among the tiles of the batch, see tile_count
-  const T* f;          // packed features [D][ld], zero in the columns behind n
+  T* f;                // packed features [D][ld], zero in the columns behind n
   int64_t ld;
-  T* g;             // [n][cp], the coefficients of the class sums, for the body to fill in
+  T* g;             // tile_pass: [n][cp], the coefficients of the class sums, for the body to fill in
   int32_t* active;  // the pixels that have any,
   int64_t count;    // and how many they are
+
+  void pack() { pack_row(view, b, y, x, n, ld, f, ld); }
+  // Packs a few channels at a time and calls f(d, count) for each of these runs, while it is in the first-level cache.
+  template <class F>
+  void pack_channels(const F& f) {
+    each_channels([&](int64_t d, int64_t count) {
+      pack_row(view.channels(d, count), b, y, x, n, ld, this->f + d * ld, ld);
+      const int64_t next = std::min(kChannels, view.D - d - count);
+      if (next > 0) prefetch_row(view.channels(d + count, next), b, y, x, n);
+      f(d, count);
+    });
+  }
+  template <class F>
+  void each_channels(const F& f) const {
+    for (int64_t d = 0; d < view.D; d += kChannels) f(d, std::min(kChannels, view.D - d));
+  }
+  static constexpr int64_t kChannels = 16;
 };
 
 // The tiles of one image.
@@ -23,29 +41,26 @@ int64_t tile_count(const FeatureView& f) {
   return (f.w + tile - 1) / tile * f.h;
 }
 
-// Calls the functions that `make_body()` returns, one a thread and chunk, on every tile. With `sums`, returns
-// [B][D][cp]: for each image sum over its active pixels of f[d][p] g[p][c].
+// Calls the functions that `make_body()` returns, one a thread, as body(tile, sums) on every tile, which is left to them
+// to pack. Returns [B][size]: what they added to `sums`, which starts as zeros for each of an image's chunks of tiles.
 template <class T, class MakeBody>
-Buffer<T> tile_pass(const FeatureView& f, int64_t cp, bool sums, const MakeBody& make_body) {
+Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& make_body) {
   const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile);
-  const int64_t per_row = (f.w + tile - 1) / tile, tiles = tile_count<T>(f), size = sums ? f.D * cp : 0;
+  const int64_t per_row = (f.w + tile - 1) / tile, tiles = tile_count<T>(f);
   // About 64 chunks in all, so that they share out well; fewer where their sums would take more than 64 MiB.
   const int64_t fits = (int64_t(64) << 20) / std::max<int64_t>(1, f.B * size * int64_t(sizeof(T)));
   const int64_t wanted = (63 + f.B) / std::max<int64_t>(1, f.B);
   const int64_t chunks = std::max<int64_t>(1, std::min({tiles, wanted, fits}));
   Buffer<T> partial(f.B * chunks * size, true);
   torch::stable::parallel_for(0, f.B * chunks, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> packed(f.D * ld), g(tile * cp);
-    Buffer<int32_t> active(tile);
+    Buffer<T> packed(f.D * ld);
+    auto body = make_body();
     for (int64_t task = begin; task < end; ++task) {
-      auto body = make_body();
       const int64_t b = task / chunks, chunk = task % chunks;
       for (int64_t i = tiles * chunk / chunks; i < tiles * (chunk + 1) / chunks; ++i) {
         const int64_t y = i / per_row, x = i % per_row * tile, n = std::min(tile, f.w - x);
-        pack_row(f, b, y, x, n, ld, packed.get(), ld);
-        Tile<T> t{b, y, x, n, b * tiles + i, packed.get(), ld, g.get(), active.get(), 0};
-        body(t);
-        if (sums) tile_outer(t.f, ld, t.active, t.count, f.D, t.g, cp, &partial[task * size]);
+        Tile<T> t{f, b, y, x, n, b * tiles + i, packed.get(), ld, nullptr, nullptr, 0};
+        body(t, &partial[task * size]);
       }
     }
   });
@@ -56,6 +71,22 @@ Buffer<T> tile_pass(const FeatureView& f, int64_t cp, bool sums, const MakeBody&
         for (int64_t i = 0; i < size; ++i) total[b * size + i] += partial[(b * chunks + chunk) * size + i];
   });
   return total;
+}
+
+// The same with body(tile) on packed tiles. With `sums`, returns [B][D][cp]: for each image sum over its active pixels of
+// f[d][p] g[p][c].
+template <class T, class MakeBody>
+Buffer<T> tile_pass(const FeatureView& f, int64_t cp, bool sums, const MakeBody& make_body) {
+  const int64_t tile = tile_pixels(f.D, sizeof(T));
+  return sum_over_tiles<T>(f, sums ? f.D * cp : 0, [&] {
+    return [&, sums, body = make_body(), g = Buffer<T>(sums ? tile * cp : 0), active = Buffer<int32_t>(tile)](
+               Tile<T>& t, T* total) mutable {
+      t.g = g.get(), t.active = active.get();
+      t.pack();
+      body(t);
+      if (sums) tile_outer(t.f, t.ld, t.active, t.count, f.D, t.g, cp, total);
+    };
+  });
 }
 
 // [B][D][cp]: the sums over the cells of f times the products' gradients.

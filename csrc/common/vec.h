@@ -35,6 +35,10 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 using BitsOf = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
+// Whole numbers or masks beside the lanes of a Vec<T>.
+template <class T>
+using Lanes = typename VecOf<BitsOf<T>>::type;
+
 template <class T>
 inline Vec<T> load(const T* p) {
   Vec<T> v;
@@ -48,6 +52,13 @@ inline void store(T* p, Vec<T> v) {
 }
 
 template <class T>
+inline Lanes<T> load_lanes(const BitsOf<T>* p) {
+  Lanes<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
 inline Vec<T> splat(T x) {
   return Vec<T>{} + x;
 }
@@ -55,6 +66,16 @@ inline Vec<T> splat(T x) {
 template <class T>
 inline Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
+}
+
+// v in the lanes where `kept` is -1, else 0: by its bits, since 0 · NaN is NaN.
+template <class T>
+inline Vec<T> keep(Vec<T> v, Lanes<T> kept) {
+  Lanes<T> bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  bits &= kept;
+  std::memcpy(&v, &bits, sizeof bits);
+  return v;
 }
 
 // v with lane i exchanged with lane i ^ Step
@@ -65,7 +86,7 @@ inline Vec<T> exchange(Vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) r[i] = v[i ^ Step];
   return r;
 #else
-  typename VecOf<BitsOf<T>>::type index;
+  Lanes<T> index;
   for (int i = 0; i < kLanes<T>; ++i) index[i] = i ^ Step;
   return __builtin_shuffle(v, index);
 #endif
@@ -73,7 +94,7 @@ inline Vec<T> exchange(Vec<T> v) {
 
 // Lane i of the result is lane index[i] of v.
 template <class T>
-inline Vec<T> pick(Vec<T> v, typename VecOf<BitsOf<T>>::type index) {
+inline Vec<T> pick(Vec<T> v, Lanes<T> index) {
 #if defined(__clang__)
   Vec<T> r;
   for (int i = 0; i < kLanes<T>; ++i) r[i] = v[index[i]];
@@ -91,6 +112,30 @@ inline T lane_sum(Vec<T> v) {
   if constexpr (kLanes<T> > 2) v += exchange<2, T>(v);
   v += exchange<1, T>(v);
   return v[0];
+}
+
+// The sums over the lanes of N vectors at once, N a power of two: pairs of vectors are halved and added, so that lane i
+// belongs to vector i modulo ever higher powers of two.
+template <class T, int N, int Step = 1>
+inline void lane_sums(Vec<T>* v, T* out) {
+  if constexpr (Step == kLanes<T>) {
+    std::memcpy(out, v, N * sizeof(Vec<T>));
+  } else if constexpr (N > 1) {
+    Lanes<T> first;
+    for (int i = 0; i < kLanes<T>; ++i) first[i] = i & Step ? 0 : -1;
+    for (int k = 0; k < N / 2; ++k) {
+      const Vec<T> a = v[2 * k], b = v[2 * k + 1];
+      v[k] = (first ? a : b) + exchange<Step, T>(first ? b : a);
+    }
+    lane_sums<T, N / 2, Step * 2>(v, out);
+  } else {
+    Vec<T> sum = v[0];
+    if constexpr (Step <= 1) sum += exchange<1, T>(sum);
+    if constexpr (Step <= 2 && kLanes<T> > 2) sum += exchange<2, T>(sum);
+    if constexpr (Step <= 4 && kLanes<T> > 4) sum += exchange<4, T>(sum);
+    if constexpr (Step <= 8 && kLanes<T> > 8) sum += exchange<8, T>(sum);
+    std::memcpy(out, &sum, Step * sizeof(T));
+  }
 }
 
 template <class T>
@@ -131,7 +176,7 @@ inline Vec<T> exp_nonpositive(Vec<T> x) {
   Vec<T> series = splat<T>(inverse_factorial[degree]);
 #pragma GCC unroll 16
   for (int k = degree - 1; k >= 0; --k) series = series * r + inverse_factorial[k];
-  typename VecOf<BitsOf<T>>::type exponent;
+  Lanes<T> exponent;
   std::memcpy(&exponent, &shifted, sizeof exponent);
   exponent <<= mantissa;
   Vec<T> power;
@@ -146,7 +191,7 @@ template <class T>
 inline Vec<T> log_positive(Vec<T> x) {
   constexpr bool single = sizeof(T) == 4;
   constexpr int mantissa = single ? 23 : 52;
-  using Bits = typename VecOf<BitsOf<T>>::type;
+  using Bits = Lanes<T>;
   constexpr BitsOf<T> root_half = single ? BitsOf<T>(0x3f3504f3) : BitsOf<T>(0x3fe6a09e667f3bcd);
   Bits bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -13,19 +13,11 @@ from pssl.config import InferenceConfig, RCMConfig
 from pssl.engine.distributed import share, sum_over_ranks
 from pssl.engine.inputs import Inputs
 from pssl.method.rcm import RCM, image_prototypes
+from pssl.method.readout import Prototypes, prototype_margin
 from pssl.models.cam_net import CamNet
 
 EPS = 1e-5
 READOUTS = ("cam", "prototype")
-
-
-@dataclass(frozen=True)
-class Prototypes:
-    """RCM's final prototypes: `rows` [C,D] L2-normalised, `valid` bool [C], `temperature` of the softmax."""
-
-    rows: Tensor
-    valid: Tensor
-    temperature: float
 
 
 @dataclass(frozen=True)
@@ -45,13 +37,14 @@ def final_prototypes(
     config: RCMConfig,
     inference: InferenceConfig,
     scales: Sequence[float],
+    trained_with: RCM | None = None,
 ) -> Prototypes:
     """Prototypes of the whole training split, as RCM forms them: per image and region, then the mean over images.
 
-    The network's own CAMs at `scales` (SupportNet's) give the regions, its features at scale 1 the prototypes. Ranks
-    share the images.
+    The network's own outputs at `scales` (SupportNet's) give the regions, its features at scale 1 the prototypes: by
+    the module that it was `trained_with`, or, without one, by the CAMs. Ranks share the images.
     """
-    rcm = RCM(net.classes, net.dim, size, config)
+    rcm = trained_with or RCM(net.classes, net.dim, size, config)
     device = next(net.parameters()).device
     total = torch.zeros(net.classes + 1, net.dim, dtype=torch.float64, device=device)
     count = torch.zeros(net.classes + 1, dtype=torch.float64, device=device)
@@ -59,7 +52,7 @@ def final_prototypes(
     for batch in _batches(share(range(len(inputs.ids))), inference.batch_size):
         seen = {scale: net(inputs.plain(batch, scale, False)) for scale in sorted({1.0, *scales})}
         labels = inputs.labels[batch].to(device)
-        regions = rcm.regions([seen[scale].cam for scale in scales], labels)
+        regions = rcm.regions([seen[scale] for scale in scales], labels)
         rows, present = image_prototypes(seen[1.0].features, regions, rcm.num_regions)
         total += torch.where(present[..., None], rows, 0).double().sum(0)
         count += present.double().sum(0)
@@ -123,23 +116,6 @@ def _read_scale(
             maps["margin"] = prototype_margin(output.features, prototypes, labels.to(output.cam.device))
         passes.append({name: value.flip(3) if mirrored else value for name, value in maps.items()})
     return {name: torch.stack([p[name] for p in passes]).mean(0).float().cpu() for name in passes[0]}
-
-
-def prototype_margin(
-    features: Tensor,  # [B,D,h,w]
-    prototypes: Prototypes,
-    image_labels: Tensor,  # bool [B,K]
-) -> Tensor:
-    """p_c - p_background for each class c, [B,K,h,w]; p = softmax of cosines over the image's valid regions.
-
-    Absent classes have p = 0; without a valid background p_background = 0.
-    """
-    cosines = torch.einsum("bdhw,cd->bchw", F.normalize(features.float(), dim=1), prototypes.rows)
-    everywhere = torch.ones_like(image_labels[:, :1])
-    allowed = torch.cat([everywhere, image_labels], 1) & prototypes.valid
-    logits = (cosines / prototypes.temperature).masked_fill(~allowed[..., None, None], -torch.inf)
-    probability = logits.softmax(1).nan_to_num(0.0)
-    return probability[:, 1:] - probability[:, :1]
 
 
 def _sum_resized(grids: list[Tensor], size: tuple[int, int]) -> Tensor:  # each [k,h,w]

@@ -68,6 +68,9 @@ class Training(ABC):
     def losses(self, fed: Any) -> dict[str, Tensor]:
         """The losses of a step by name; "total" is the one to minimise."""
 
+    def before_epoch(self, epoch: int) -> None:  # noqa: B027
+        """Called before the first step of each epoch."""
+
     def after_step(self) -> None:  # noqa: B027 (most trainings have nothing to do)
         """Called after each step of the optimiser."""
 
@@ -105,6 +108,9 @@ class Stage(Training):
     schedule: ScheduleConfig
     seed: int
     state_path: Path | None = None
+    refresh: Callable[[Stage], None] | None = None
+    """Called before the first step of every `refresh_epochs`-th epoch but the first."""
+    refresh_epochs: int = 0
     seconds: float = field(default=0.0, init=False)
 
     @property
@@ -119,6 +125,10 @@ class Stage(Training):
 
     def losses(self, fed: tuple[dict[float, Tensor], Tensor]) -> dict[str, Tensor]:
         return self.objective(self.net, self.support, *fed)
+
+    def before_epoch(self, epoch: int) -> None:
+        if self.refresh is not None and epoch and epoch % self.refresh_epochs == 0:
+            self.refresh(self)
 
     def after_step(self) -> None:
         if self.support is not None:
@@ -191,6 +201,7 @@ def run_stage(stage: Training, *, resume: bool = False, on_step: OnStep | None =
     first = _restore(stage, optimizer) if resume else 0
     for epoch in range(first, stage.epochs):
         begin = time.perf_counter()
+        stage.before_epoch(epoch)
         stage.net.train()
         for number, fed in enumerate(stage.feed(_own_draws(stage, epoch))):
             step = epoch * stage.steps_per_epoch + number

@@ -20,10 +20,10 @@ from pssl.data.voc import VOCFolder
 from pssl.engine import checkpoint
 from pssl.engine.distributed import is_first, wait
 from pssl.engine.feature_cache import cached_activations
-from pssl.engine.inference import Prototypes
 from pssl.engine.inputs import ActivationInputs, ImageInputs, Inputs, load_square_images
 from pssl.engine.log import Log
 from pssl.engine.seeding import derive_seed
+from pssl.method.readout import Prototypes
 from pssl.models.cam_net import CamNet, build_cam_net
 from pssl.models.weights import PACKAGES, file_digest, find_weights, load_weights
 

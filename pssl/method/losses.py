@@ -126,18 +126,22 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses that are switched on and among `names`, without their weights."""
         centre, losses = seen[1.0], {}
-        support_cams = [target[scale].cam for scale in self.config.support.scales if scale in target]
+        aims = [target[scale] for scale in self.config.support.scales if scale in target]
         if "classification" in names:
             # SEAM classifies both of its views.
             views = [centre, seen[self.config.seam.scale]] if self.seam else [centre]
             each = [classification_loss(CamNet.logits(view.cam), image_labels) for view in views]
             losses["classification"] = sum(each) / len(each)
         if "rcm" in names and self.rcm is not None:
-            losses["rcm"] = self.rcm(centre.features, target[1.0].features, support_cams, image_labels)
+            losses["rcm"] = self.rcm(centre.features, target[1.0].features, aims, image_labels)
         if "mam" in names and self.mam:
             main_cams = [seen[scale].cam for scale in self.config.mam.scales]
             losses["mam"] = mam_loss(
-                main_cams, support_cams, image_labels, tuple(centre.cam.shape[2:]), self.config.mam
+                main_cams,
+                [aim.cam for aim in aims],
+                image_labels,
+                tuple(centre.cam.shape[2:]),
+                self.config.mam,
             )
         if "seam" in names and self.seam:
             second = seen[self.config.seam.scale]

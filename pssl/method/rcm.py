@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from pssl.config import RCMConfig
 from pssl.engine.distributed import gather_rows
+from pssl.method.readout import Prototypes, readout_regions
+from pssl.models.cam_net import CamOutput
 from pssl_ext import cam_regions, prototype_contrast, prototype_pool
 
 
@@ -51,6 +53,11 @@ class PrototypeMemory(nn.Module):
         self.rows.copy_(rows[:-1].view_as(self.rows))
         self.pushed += count
 
+    def clear(self) -> None:
+        """Forget all, as when the embedding that the prototypes live in has changed."""
+        self.rows.zero_()
+        self.pushed.zero_()
+
     def mean(self) -> tuple[Tensor, Tensor]:
         """Mean of what is stored, [C,D], and bool [C], true where there is something."""
         held = self.pushed.clamp(max=self.rows.shape[1])
@@ -83,6 +90,9 @@ def leave_one_out(
 class RCM(nn.Module):
     """The module with its memory. Its loss has a gradient to MainNet's features only.
 
+    Region masks come from SupportNet's CAMs (the paper) or, once it has been anchored, from SupportNet's prototype
+    readout (ours, see `RCMConfig.refresh_epochs`).
+
     Args:
         classes: K; regions are background and these.
         dim: D.
@@ -97,12 +107,39 @@ class RCM(nn.Module):
         side = max(size // config.label_stride, 1)
         self.size = (side, side)
         self.memory = PrototypeMemory(self.num_regions, dim, config.memory)
+        self.register_buffer("anchor_rows", torch.zeros(self.num_regions, dim))
+        self.register_buffer("anchor_valid", torch.zeros(self.num_regions, dtype=torch.bool))
+        self.anchored = False
 
-    def regions(self, cams: list[Tensor], image_labels: Tensor) -> Tensor:  # T x [B,K,h,w], [B,K]
-        """The region mask, uint8 [B,H,W], from SupportNet's CAMs at all its scales."""
+    def get_extra_state(self) -> Tensor:
+        """Whether masks come from the readout: kept with the buffers, and known without asking the device."""
+        return torch.tensor(self.anchored)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The inverse of :meth:`get_extra_state`."""
+        self.anchored = bool(state)
+
+    def anchor(self, prototypes: Prototypes) -> None:
+        """Take region masks from the readout by these prototypes from now on; the memory starts anew."""
+        self.anchor_rows.copy_(prototypes.rows)
+        self.anchor_valid.copy_(prototypes.valid)
+        self.anchored = True
+        self.memory.clear()
+
+    def regions(self, support: list[CamOutput], image_labels: Tensor) -> Tensor:  # [B,K]
+        """The region mask, uint8 [B,H,W], from SupportNet's outputs at all its scales."""
         config = self.config
+        if self.anchored:
+            return readout_regions(
+                [output.features for output in support],
+                Prototypes(self.anchor_rows, self.anchor_valid, config.temperature),
+                image_labels,
+                size=self.size,
+                foreground=config.readout_foreground,
+                background=config.readout_background,
+            )
         return cam_regions(
-            cams,
+            [output.cam for output in support],
             image_labels,
             size=self.size,
             foreground=config.foreground,
@@ -113,11 +150,11 @@ class RCM(nn.Module):
         self,
         main_features: Tensor,  # [B,D,h,w]
         support_features: Tensor,  # [B,D,h,w], scale 1
-        support_cams: list[Tensor],  # T x [B,K,h,w]
+        support: list[CamOutput],  # at all its scales
         image_labels: Tensor,  # [B,K]
     ) -> Tensor:
         """The contrastive loss, a float32 scalar; the memory takes in this batch afterwards."""
-        regions = self.regions(support_cams, image_labels)
+        regions = self.regions(support, image_labels)
         own, present = image_prototypes(support_features, regions, self.num_regions)
         everyone, everyone_present = gather_rows(own), gather_rows(present)
         prototypes, valid = leave_one_out(own, present, everyone, everyone_present, *self.memory.mean())

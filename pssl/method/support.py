@@ -55,6 +55,12 @@ class SupportNet(nn.Module):
         return output
 
     @torch.no_grad()
+    def restart(self, main: CamNet) -> None:
+        """Become MainNet as it is now."""
+        if self.mode != "shared":
+            self.net.load_trained_state(main.trained_state())
+
+    @torch.no_grad()
     def update(self, main: CamNet) -> None:
         """One step of the moving average; nothing for the other modes. Integer buffers are copied."""
         if self.mode != "ema":

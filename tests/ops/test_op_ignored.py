@@ -8,7 +8,7 @@ import torch
 from support import planted
 from torch.nn import functional as F
 
-from pssl_ext import prototype_contrast, prototype_pool
+from pssl_ext import backends, prototype_contrast, prototype_pool
 from pssl_ext.ops.prototype_pool import resize
 from pssl_ext.registry import OPS
 from pssl_ext.testing import devices, run
@@ -57,10 +57,10 @@ def half_ignored(op, device, grid, size, align_corners, value):
     return args, untouched
 
 
-def check_ignored(op, device, grid, size, align_corners=False, value=math.nan):
+def check_ignored(op, device, grid, size, align_corners=False, value=math.nan, backend="auto"):
     args, untouched = half_ignored(op, device, grid, size, align_corners, value)
     clean, _ = half_ignored(op, device, grid, size, align_corners, 1.0)
-    got, expected = run(OPS[op], args).named(), run(OPS[op], clean).named()
+    got, expected = run(OPS[op], args, backend).named(), run(OPS[op], clean, backend).named()
     for name, tensor in expected.items():
         assert bool(got[name].isfinite().all()), f"{op} {grid}: {value} reaches {name}"
         assert torch.equal(got[name], tensor), f"{op} {grid}: {name} depends on what is ignored"
@@ -77,6 +77,19 @@ def check_ignored(op, device, grid, size, align_corners=False, value=math.nan):
 @pytest.mark.parametrize("op", OPERATORS)
 def test_nan_does_not_reach(op, device, grid, size, align_corners, value):
     check_ignored(op, device, grid, size, align_corners, value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("grid, size", [((9, 11), (9, 11)), ((13, 9), (8, 6)), ((4, 6), (12, 18))])
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_nan_does_not_reach_by_choice(op, backend, device, grid, size, value):
+    """Through kernels that ``auto`` does not take where the compiled ones are."""
+    reason = backends.why_not(op, backend, device)
+    if reason is not None:
+        pytest.skip(f"{backend} on {device}: {reason}")
+    check_ignored(op, device, grid, size, value=value, backend=backend)
 
 
 def test_a_leak_is_seen():
@@ -155,3 +168,20 @@ def test_nan_in_an_absent_class(op, device):
         found.append(run(OPS[op], dict(args, image_labels=labels, size=(8, 8))).named())
     for name, tensor in found[0].items():
         assert torch.equal(tensor, found[1][name]), name
+
+
+@pytest.mark.parametrize("device", devices())
+def test_nan_that_counts_stays_with_its_pixel(device):
+    """Labels on the feature grid: a pixel's NaN reaches its image's sums, its own gradient and nothing else."""
+    g = torch.Generator().manual_seed(6)
+    features = torch.randn(2, 9, 17, 21, generator=g)  # more pixels than one tile of the CPU kernel has
+    features[0, :, 3, 5] = math.nan
+    features = features.to(device).requires_grad_()
+    regions = torch.randint(0, 4, (2, 17, 21), generator=g).to(device)
+    sums, _ = prototype_pool(features, regions, 4)
+    sums.sum().backward()
+    assert not sums[0, regions[0, 3, 5]].isfinite().any()
+    assert bool(sums[1].isfinite().all())
+    affected = ~features.grad.isfinite()
+    assert bool(affected[0, :, 3, 5].all())
+    assert int(affected.sum()) == 9

@@ -21,7 +21,7 @@ from pssl.method.losses import Objective
 from pssl.method.rcm import RCM
 from pssl.method.support import SupportNet
 from pssl.models.backbones import SmallBackbone
-from pssl.models.cam_net import CamNet
+from pssl.models.cam_net import CamNet, CamOutput
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -53,7 +53,12 @@ def work(folder: Path) -> dict:
     own = list(distributed.share(range(8)))
     rcm = RCM(3, 8, 16, RCMConfig())
     main = net(inputs.plain(own, 1.0, False))
-    loss = rcm(main.features, main.features.detach(), [main.cam.detach()], labels[own])
+    loss = rcm(
+        main.features,
+        main.features.detach(),
+        [CamOutput(main.features.detach(), main.cam.detach())],
+        labels[own],
+    )
     total = distributed.sum_over_ranks(loss.detach()) / distributed.world_size()
 
     scorer = Scorer(4, 10)

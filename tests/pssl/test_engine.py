@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pssl.config import MethodConfig, ScheduleConfig
 from pssl.engine import checkpoint
@@ -11,6 +12,7 @@ from pssl.engine.inputs import ImageInputs
 from pssl.engine.loop import Stage, build_optimizer, epoch_batches, lr_share, run_stage
 from pssl.engine.seeding import generator
 from pssl.method.losses import Objective
+from pssl.method.readout import Prototypes
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import build_cam_net
 
@@ -62,9 +64,25 @@ def test_training_state_cannot_run_code(tmp_path):
         checkpoint.load_state(tmp_path / "bad.pt")
 
 
-def test_resumed_training_equals_uninterrupted(tmp_path):
-    whole = make_stage()
+def anchor_anew(stage):
+    """A refresh that depends on the network as it is, as that of pssl.train does."""
+    rows = torch.cat([stage.net.classifier.weight.new_ones(1, 8), stage.net.classifier.weight[:, :, 0, 0]])
+    valid = torch.ones(len(rows), dtype=torch.bool)
+    stage.objective.rcm.anchor(Prototypes(F.normalize(rows.detach(), dim=1), valid, 0.5))
+    stage.support.restart(stage.net)
+
+
+@pytest.mark.parametrize("refresh_epochs", [0, 1, 2])
+def test_resumed_training_equals_uninterrupted(tmp_path, refresh_epochs):
+    def make(path=None):
+        stage = make_stage(path)
+        if refresh_epochs:
+            stage.refresh, stage.refresh_epochs = anchor_anew, refresh_epochs
+        return stage
+
+    whole = make()
     run_stage(whole)
+    assert whole.objective.rcm.anchored == (refresh_epochs > 0)
     path = tmp_path / "state.pt"
 
     class Stopped(Exception):
@@ -75,8 +93,8 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_stage(make_stage(path), on_step=stop_in_last_epoch)
-    resumed = make_stage(path)
+        run_stage(make(path), on_step=stop_in_last_epoch)
+    resumed = make(path)
     steps = []
     run_stage(resumed, resume=True, on_step=lambda values: steps.append(values["step"]))
     assert steps == [4, 5]

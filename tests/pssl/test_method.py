@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from pssl.config import MethodConfig, RCMConfig
 from pssl.method.losses import Objective, classification_loss
 from pssl.method.rcm import RCM, PrototypeMemory, image_prototypes, leave_one_out
+from pssl.method.readout import Prototypes, readout_regions
 from pssl.method.support import SupportNet
-from pssl.models.cam_net import build_cam_net
+from pssl.models.cam_net import CamOutput, build_cam_net
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_rcm_loss_is_cross_entropy_of_cosines():
     main = torch.randn(4, 6, 4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     support = torch.randn(4, 6, 4, 4, generator=generator, dtype=torch.float64)
     cams = [torch.randn(4, 3, n, n, generator=generator, dtype=torch.float64) for n in (2, 4)]
-    loss = rcm(main, support, cams, labels())
+    loss = rcm(main, support, [CamOutput(support, cam) for cam in cams], labels())
     loss.backward()
 
     def up(x):
@@ -182,6 +183,55 @@ def test_rcm_loss_is_cross_entropy_of_cosines():
     torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=1e-6)
     assert main.grad is not None and support.grad is None
     assert rcm.memory.pushed.tolist() == present.sum(0).tolist()
+
+
+def test_readout_regions_are_the_thresholded_margins():
+    """Pixel by pixel: softmax of cosines over the image's regions, mean over scales, two thresholds."""
+    generator = torch.Generator().manual_seed(5)
+    rows = F.normalize(torch.randn(4, 6, generator=generator), dim=1)
+    valid = torch.tensor([True, True, True, False])
+    features = [torch.randn(4, 6, n, n, generator=generator) for n in (3, 5)]
+    regions = readout_regions(
+        features, Prototypes(rows, valid, 0.3), labels(), size=(7, 7), foreground=0.7, background=0.4
+    )
+    assert regions.dtype == torch.uint8
+    for image in range(4):
+        classes = [c for c in (labels()[image].nonzero().flatten() + 1).tolist() if valid[c]]
+        if not classes:
+            continue
+        allowed = [0, *classes]
+        maps = torch.zeros(len(classes), 7, 7)
+        for grid in features:
+            cosines = torch.einsum("dhw,cd->chw", F.normalize(grid[image], dim=0), rows[allowed])
+            p = (cosines / 0.3).softmax(0)
+            maps += F.interpolate((p[1:] - p[:1])[None], size=(7, 7), mode="bilinear")[0]
+        best, index = ((1 + maps / 2) / 2).max(0)
+        expected = torch.where(best >= 0.7, torch.tensor(classes)[index], torch.where(best < 0.4, 0, 255))
+        assert torch.equal(regions[image].long(), expected)
+    assert {0, 255} < set(regions.unique().tolist())
+
+
+def test_anchored_rcm_takes_its_masks_from_the_readout():
+    config = RCMConfig(temperature=0.3, readout_foreground=0.6, readout_background=0.5)
+    rcm = RCM(3, 6, 8, config)
+    generator = torch.Generator().manual_seed(6)
+    support = [
+        CamOutput(torch.randn(4, 6, 4, 4, generator=generator), torch.randn(4, 3, 4, 4, generator=generator))
+    ]
+    prototypes = Prototypes(
+        F.normalize(torch.randn(4, 6, generator=generator), dim=1), torch.ones(4, dtype=torch.bool), 0.3
+    )
+    rcm(support[0].features, support[0].features, support, labels())
+    by_cam = rcm.regions(support, labels())
+    rcm.anchor(prototypes)
+    assert rcm.memory.pushed.sum() == 0, "old prototypes live in another embedding"
+    expected = readout_regions(
+        [support[0].features], prototypes, labels(), size=(8, 8), foreground=0.6, background=0.5
+    )
+    assert torch.equal(rcm.regions(support, labels()), expected) and not torch.equal(expected, by_cam)
+    again = RCM(3, 6, 8, config)
+    again.load_state_dict(rcm.state_dict())
+    assert torch.equal(again.regions(support, labels()), expected), "a resumed run must go on as it was"
 
 
 def count_passes(module):

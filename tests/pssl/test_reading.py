@@ -7,10 +7,11 @@ import torch.nn.functional as F
 
 from pssl.config import InferenceConfig, RCMConfig
 from pssl.engine.cam_files import read_cams, write_cams
-from pssl.engine.inference import Prototypes, final_prototypes, prototype_margin, read_images
+from pssl.engine.inference import final_prototypes, read_images
 from pssl.engine.inputs import ImageInputs
 from pssl.engine.scoring import Scorer, iou
 from pssl.method.rcm import RCM, image_prototypes
+from pssl.method.readout import Prototypes, prototype_margin
 from pssl.models.cam_net import build_cam_net
 
 SIZES = {"a": (20, 28), "b": (16, 16), "c": (33, 17), "d": (16, 16)}
@@ -93,7 +94,7 @@ def test_final_prototypes_are_the_mean_over_images(net, inputs):
     for index in range(4):
         with torch.no_grad():
             seen = {s: net(inputs.plain([index], s, False)) for s in scales}
-        regions = rcm.regions([seen[s].cam for s in scales], LABELS[index : index + 1])
+        regions = rcm.regions([seen[s] for s in scales], LABELS[index : index + 1])
         own, present = image_prototypes(seen[1.0].features, regions, 4)
         for region in present[0].nonzero().flatten().tolist():
             rows[region].append(own[0, region])
