@@ -46,6 +46,16 @@ def tiny_run(root: Path, out: Path) -> TrainConfig:
     return config
 
 
+@pytest.fixture(scope="session")
+def timm():
+    """timm, with what a CPU torch lacks of a torchvision built for CUDA declared first; skips without the extra."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    if torch.version.cuda is None:
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield pytest.importorskip("timm", reason="the timm extra", exc_type=ImportError)
+
+
 @pytest.fixture
 def tiny_config(tiny_root: Path, tmp_path: Path) -> TrainConfig:
     """A run of four steps a stage."""
