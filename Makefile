@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/* csrc/*/*)
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: train pipeline test env install lint format cuda-resources test-gpu clean
+.PHONY: train pipeline test env install lint format cuda-resources test-gpu triton-resources clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -47,6 +47,10 @@ format: $(VENV)/.installed-dev
 # What the CUDA kernels take on every architecture; compiles them all, and needs nvcc but no GPU.
 cuda-resources: $(VENV)/.installed-dev
 	$(BIN)/python build_tools/cuda_resources.py
+
+# What the Triton kernels take on Ampere, Hopper and Blackwell; compiles them all, and needs no GPU.
+triton-resources: $(VENV)/.installed-dev
+	$(BIN)/python build_tools/triton_resources.py
 
 # On a machine with a GPU, in the Python and with the torch that are there, offline: builds for that GPU, then runs the
 # operators' tests on it and what only a GPU shows. The workspace setting is what cuBLAS needs for the same bits twice.

@@ -9,11 +9,22 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import shutil
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 BACKENDS = ("auto", "native", "triton", "reference")
+
+#: What ``auto`` tries on a device before the reference, in this order. Source: none of the GPU kernels has been timed
+#: yet; until then the compiled ones come first, since they need nothing at run time, and Triton's stand in where no
+#: CUDA was compiled. On other devices Triton's kernels run in its interpreter, slower than any reference.
+AUTO = {"cuda": ("native", "triton")}
+AUTO_ELSEWHERE = ("native",)
 
 #: why ``pssl_ext._C`` could not be imported; None when it was
 load_error: str | None = None
@@ -47,8 +58,46 @@ def _has_kernel(op: str, device_type: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pssl::{op}", key)
 
 
-def why_not(op: str, backend: str, device: str | torch.device = "cpu") -> str | None:
-    """Why ``backend`` cannot run ``op`` on ``device``; None when it can."""
+@torch.compiler.assume_constant_result
+def _why_no_triton(op: str, device_type: str) -> str | None:
+    """What is missing for ``op``'s Triton kernels, whatever the arguments. Imports no Triton."""
+    from pssl_ext.registry import OPS
+
+    if op not in OPS or OPS[op].triton is None:
+        return f"this version holds no Triton kernel for {op}"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
+        return (
+            "Triton kernels run on CUDA devices, on others in Triton's interpreter alone (TRITON_INTERPRET=1)"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    # as triton/runtime/build.py looks for it
+    if not interpreted and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton compiles its launchers with a C compiler, and there is neither CC, gcc nor clang"
+    return None
+
+
+#: as many classes as a tile of a Triton kernel holds at most (pssl_ext/triton/launch.py)
+TRITON_CLASSES = 256
+
+
+def triton_limits(classes: int, *tensors: torch.Tensor) -> str | None:
+    """Why Triton's kernels do not take so many classes, or ``tensors``, whose types decide on that of the sums."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "Triton kernels accumulate in float32, and an argument is float64"
+    if classes > TRITON_CLASSES:
+        return f"Triton kernels take at most {TRITON_CLASSES} regions, got {classes}"
+    return None
+
+
+def why_not(
+    op: str, backend: str, device: str | torch.device = "cpu", args: Sequence[Any] | None = None
+) -> str | None:
+    """Why ``backend`` cannot run ``op`` on ``device``; None when it can.
+
+    With the schema's arguments ``args`` also where it cannot for these.
+    """
     device_type = torch.device(device).type
     if backend == "reference":
         return None
@@ -59,35 +108,40 @@ def why_not(op: str, backend: str, device: str | torch.device = "cpu") -> str | 
             return f"this build of pssl_ext._C holds no {device_type} kernel for {op}"
         return None
     if backend == "triton":
-        return f"this version holds no Triton kernel for {op}"
+        reason = _why_no_triton(op, device_type)
+        if reason is None and args is not None:
+            from pssl_ext.registry import OPS
+
+            reason = OPS[op].triton(*args)
+        return reason
     raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose(op: str, backend: str, device: torch.device) -> str:
-    """How to run ``op`` on ``device``: ``dispatcher`` (the best kernel registered there) or ``reference``.
+def choose(op: str, backend: str, device: torch.device, args: Sequence[Any] | None = None) -> str:
+    """How to run ``op`` on ``device``: ``dispatcher`` (the best kernel registered there), ``triton`` or ``reference``.
 
     Raises RuntimeError where an explicit choice cannot run. ``auto`` that falls back to the reference on a GPU
     warns once an operator.
     """
     if backend == "auto":
-        reason = why_not(op, "native", device)
-        if (
-            reason is not None
-            and device.type != "cpu"
-            and (op, device.type) not in _warned
-            and not torch.compiler.is_compiling()
-        ):
+        refused = []
+        for candidate in AUTO.get(device.type, AUTO_ELSEWHERE):
+            reason = why_not(op, candidate, device, args)
+            if reason is None:
+                return "dispatcher" if candidate == "native" else candidate
+            refused.append(f"{candidate}: {reason}")
+        if device.type != "cpu" and not torch.compiler.is_compiling() and (op, device.type) not in _warned:
             _warned.add((op, device.type))
             warnings.warn(
-                f"{op} runs on its slow PyTorch reference on {device}{_bound(op)}: {reason}",
+                f"{op} runs on its slow PyTorch reference on {device}{_bound(op)}: {'; '.join(refused)}",
                 RuntimeWarning,
                 stacklevel=4,
             )
         return "dispatcher"
-    reason = why_not(op, backend, device)
+    reason = why_not(op, backend, device, args)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run on {device}: {reason}")
-    return "reference" if backend == "reference" else "dispatcher"
+    return "dispatcher" if backend == "native" else backend
 
 
 def _bound(op: str) -> str:
@@ -107,12 +161,15 @@ def explain(op: str, device: str | torch.device = "cpu") -> str:
 
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+    device_type = torch.device(device).type
     refused = []
     for backend in ("native", "triton", "reference"):
         reason = why_not(op, backend, device)
+        if reason is None and backend not in (*AUTO.get(device_type, AUTO_ELSEWHERE), "reference"):
+            reason = f"runs on {device_type} only when asked for"
         if reason is None:
             detail = f" ({'; '.join(refused)})" if refused else ""
             bound = _bound(op) if backend == "reference" else ""
-            return f"{op} on {torch.device(device).type}: {backend}{detail}{bound}"
+            return f"{op} on {device_type}: {backend}{detail}{bound}"
         refused.append(f"{backend}: {reason}")
     raise AssertionError("the reference runs everywhere")

@@ -6,13 +6,16 @@
 * ``torch.ops.pssl.<op>_backward``, an operator of its own, whose fallback differentiates the reference,
 * the fake kernels and the autograd formula that ``torch.compile`` and ``torch.library.opcheck`` ask for.
 
-Native kernels (C++, CUDA) register themselves for the same two names when ``pssl_ext._C`` is imported.
+Native kernels (C++, CUDA) register themselves for the same two names when ``pssl_ext._C`` is imported. Triton kernels
+have names of their own, ``<op>_triton`` and ``<op>_triton_backward``: both may be there for one device, and a choice
+made forward holds backward. They are in ``pssl_ext/triton/<op>.py``, imported at the first call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -65,7 +68,8 @@ class OpSpec:
     the data (label ranges) and so runs on CPU, and on other devices only with ``PSSL_DEBUG=1``.
     ``samples(device, dtype)`` yields calls, ``bytes_moved(**public arguments)`` the compulsory traffic of
     (forward, backward): every input read once, every output written once. ``reference_bound`` says what the reference
-    is limited to, where it is, and ``approximation`` how far kernels are from it, where they are.
+    is limited to, where it is, and ``approximation`` how far kernels are from it, where they are. ``triton`` says why
+    the Triton kernels cannot take the schema's arguments (None: they can); None where there are no such kernels.
     """
 
     name: str
@@ -79,17 +83,28 @@ class OpSpec:
     check_values: Callable | None = None
     reference_bound: str = ""
     approximation: Approximation | None = None
+    triton: Callable[..., str | None] | None = None
     #: first argument of the schema that is a tensor or a list of tensors: its device is the call's device
     argument_names: tuple[str, ...] = field(default=())
     output_count: int = 1
 
+    def entry(self, backend: str = "auto") -> str:
+        """The name under which the dispatcher knows the operator as ``backend`` runs it."""
+        return self.name + ("_triton" if backend == "triton" else "")
+
+    def op_of(self, backend: str = "auto") -> Any:
+        return getattr(torch.ops.pssl, self.entry(backend)).default
+
+    def op_backward_of(self, backend: str = "auto") -> Any:
+        return getattr(torch.ops.pssl, self.entry(backend) + "_backward").default
+
     @property
     def op(self) -> Any:
-        return getattr(torch.ops.pssl, self.name).default
+        return self.op_of()
 
     @property
     def op_backward(self) -> Any:
-        return getattr(torch.ops.pssl, self.name + "_backward").default
+        return self.op_backward_of()
 
 
 def define_op(
@@ -103,6 +118,7 @@ def define_op(
     check_values: Callable | None = None,
     reference_bound: str = "",
     approximation: Approximation | None = None,
+    triton: Callable[..., str | None] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorates the public function: registers ``pssl::<function name>`` and returns the function unchanged."""
 
@@ -123,6 +139,7 @@ def define_op(
             check_values=check_values,
             reference_bound=reference_bound,
             approximation=approximation,
+            triton=triton,
             argument_names=tuple(a.name for a in parsed.arguments),
             output_count=len(parsed.returns),
         )
@@ -131,26 +148,46 @@ def define_op(
             raise ValueError(
                 f"define_op: {name} has no argument {sorted(unknown)}; it has {spec.argument_names}"
             )
-        _library.define(name + schema)
-        _library.impl(name, _composite_forward(spec), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        if differentiable:
-            _register_backward(spec, parsed)
+        _register(spec, parsed, name, _composite_forward(spec), _composite_backward(spec))
+        if triton is not None:
+            forward, backward = _triton_kernel(name, "forward"), _triton_kernel(name, "backward")
+            _register(spec, parsed, spec.entry("triton"), forward, backward)
         OPS[name] = spec
         return function
 
     return register
 
 
+def _register(spec: OpSpec, parsed: Any, entry: str, forward: Callable, backward: Callable) -> None:
+    """Defines the dispatcher's ``entry`` and, for a differentiable operator, ``<entry>_backward``.
+
+    ``backward`` returns one gradient for each entry of ``spec.differentiable``.
+    """
+    _library.define(entry + spec.schema)
+    _library.impl(entry, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{entry}", spec.fake, lib=_library)
+    if spec.differentiable:
+        _register_backward(spec, parsed, entry, backward)
+
+
 def call(name: str, backend: str, *args: Any) -> Any:
     """Runs operator ``name`` on schema arguments ``args`` by the backend that ``backend`` chooses."""
     spec = OPS[name]
     device = _device_of(args)
-    reference = backends.choose(name, backend, device) == "reference"
-    # C++ kernels look for themselves, CUDA kernels cannot raise: PSSL_DEBUG=1 looks for them
-    if not torch.compiler.is_compiling() and (reference or _debug()):
+    chosen = backends.choose(name, backend, device, args)
+    # C++ kernels look for themselves, GPU kernels cannot raise: PSSL_DEBUG=1 looks for them
+    if not torch.compiler.is_compiling() and (chosen != "dispatcher" or _debug()):
         _check_values(spec, device, args)
-    return _without_autocast(spec.reference)(*args) if reference else spec.op(*args)
+    return _without_autocast(spec.reference)(*args) if chosen == "reference" else spec.op_of(chosen)(*args)
+
+
+def _triton_kernel(name: str, direction: str) -> Callable:
+    """``forward`` or ``backward`` of ``pssl_ext/triton/<name>.py``, which imports Triton: at the first call."""
+
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"pssl_ext.triton.{name}"), direction)(*args)
+
+    return kernel
 
 
 # -- the reference as a kernel -----------------------------------------------------------------------------------------
@@ -291,17 +328,16 @@ def _is_list(argument: Any) -> bool:
     return isinstance(argument.type, torch.ListType)
 
 
-def _register_backward(spec: OpSpec, parsed: Any) -> None:
-    name = spec.name + "_backward"
+def _register_backward(spec: OpSpec, parsed: Any, entry: str, kernel: Callable) -> None:
+    name = entry + "_backward"
     indices = _differentiable_indices(spec)
     single = len(indices) == 1
 
     def unwrap(results: tuple) -> Any:
         return results[0] if single else results
 
-    composite = _composite_backward(spec)
     _library.define(name + _backward_schema(spec, parsed))
-    _library.impl(name, lambda *a: unwrap(composite(*a)), "CompositeExplicitAutograd")
+    _library.impl(name, lambda *a: unwrap(kernel(*a)), "CompositeExplicitAutograd")
 
     def fake(*all_args: Any) -> Any:
         _, args, needs = _split_backward_args(spec, all_args)
@@ -343,7 +379,7 @@ def _register_backward(spec: OpSpec, parsed: Any) -> None:
         ]
         results: list[Any] = [None] * len(args)
         if any(needs) and any(g is not None for g in grads):
-            found = spec.op_backward(*grads, *args, needs)
+            found = getattr(torch.ops.pssl, name).default(*grads, *args, needs)
             for i, needed, gradient in zip(indices, needs, (found,) if single else found, strict=True):
                 if needed:
                     results[i] = gradient
@@ -353,5 +389,5 @@ def _register_backward(spec: OpSpec, parsed: Any) -> None:
         return tuple(results)
 
     torch.library.register_autograd(
-        f"{NAMESPACE}::{spec.name}", backward, setup_context=setup_context, lib=_library
+        f"{NAMESPACE}::{entry}", backward, setup_context=setup_context, lib=_library
     )

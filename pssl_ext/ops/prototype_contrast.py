@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pssl_ext import checks
+from pssl_ext.backends import triton_limits
 from pssl_ext.ops._reference import accumulation_dtype, l2_normalize, resize
 from pssl_ext.registry import Sample, call, define_op
 
@@ -59,6 +60,12 @@ def _check_values(
     features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps
 ):
     checks.check_regions(OP, regions, prototypes.shape[-2], ignore_index)
+
+
+def _triton(
+    features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps
+) -> str | None:
+    return triton_limits(prototypes.shape[-2], features, prototypes)
 
 
 def _bytes_moved(
@@ -136,6 +143,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     bytes_moved=_bytes_moved,
     differentiable=("features", "prototypes", "temperature", "weights"),
     check_values=_check_values,
+    triton=_triton,
 )
 def prototype_contrast(
     features: Tensor,  # [B,D,h,w]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pssl_ext import checks
+from pssl_ext.backends import triton_limits
 from pssl_ext.ops._reference import accumulation_dtype, l2_normalize, resize
 from pssl_ext.registry import Sample, call, define_op
 
@@ -56,6 +57,12 @@ def _fake(features, regions, num_regions, weights, normalize, ignore_index, alig
 def _check_values(features, regions, num_regions, weights, normalize, ignore_index, align_corners, eps):
     if regions.ndim == 3:
         checks.check_regions(OP, regions, num_regions, ignore_index)
+
+
+def _triton(
+    features, regions, num_regions, weights, normalize, ignore_index, align_corners, eps
+) -> str | None:
+    return triton_limits(num_regions, features)
 
 
 def _bytes_moved(
@@ -146,6 +153,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     bytes_moved=_bytes_moved,
     differentiable=("features", "regions", "weights"),
     check_values=_check_values,
+    triton=_triton,
 )
 def prototype_pool(
     features: Tensor,  # [B,D,h,w]

@@ -56,8 +56,62 @@ def test_the_reasons(monkeypatch):
     monkeypatch.setattr(backends, "load_error", None)
     reason = backends.why_not("prototype_pool", "native", "meta")
     assert reason == "this build of pssl_ext._C holds no meta kernel for prototype_pool"
-    assert "Triton kernel for prototype_pool" in backends.why_not("prototype_pool", "triton", "cpu")
     assert backends.why_not("prototype_pool", "reference", "cpu") is None
+
+
+def test_the_reasons_of_triton(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert (
+        backends.why_not("cam_sweep", "triton", "cuda") == "this version holds no Triton kernel for cam_sweep"
+    )
+    assert "Triton kernels run on CUDA devices" in backends.why_not("prototype_pool", "triton", "cpu")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends.why_not("prototype_pool", "triton", "cuda") == "triton is not installed"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backends.shutil, "which", lambda name: None)
+    assert "neither CC, gcc nor clang" in backends.why_not("prototype_pool", "triton", "cuda")
+    monkeypatch.setattr(backends.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert backends.why_not("prototype_pool", "triton", "cuda") is None
+
+
+@pytest.fixture
+def triton_there(monkeypatch):
+    """As on a machine with a GPU and Triton, without CUDA kernels."""
+    monkeypatch.setattr(backends, "_why_no_triton", lambda op, device_type: None)
+    monkeypatch.setattr(backends, "_has_kernel", lambda op, device_type: device_type == "cpu")
+    monkeypatch.setattr(backends, "load_error", None)
+    monkeypatch.setattr(backends, "_warned", set())
+
+
+def test_auto_takes_triton_where_no_cuda_was_compiled(triton_there, monkeypatch):
+    """And the reference, with a warning, for what Triton's kernels do not take."""
+    cuda = torch.device("cuda")
+
+    def choose(dtype, regions):
+        args = (torch.zeros(1, 2, 3, 3, dtype=dtype), None, regions, *[None] * 5)
+        return backends.choose("prototype_pool", "auto", cuda, args)
+
+    reason = "native: this build of pssl_ext._C holds no cuda kernel for prototype_pool"
+    assert pssl_ext.explain("prototype_pool", cuda) == f"prototype_pool on cuda: triton ({reason})"
+    assert choose(torch.float32, 256) == "triton"
+    with pytest.warns(
+        RuntimeWarning, match="triton: Triton kernels accumulate in float32, and an argument is float64"
+    ):
+        assert choose(torch.float64, 3) == "dispatcher"
+    backends._warned.clear()
+    with pytest.warns(RuntimeWarning, match="triton: Triton kernels take at most 256 regions, got 257"):
+        assert choose(torch.float32, 257) == "dispatcher"
+    monkeypatch.setattr(backends, "_has_kernel", lambda op, device_type: True)
+    assert choose(torch.float32, 3) == "dispatcher"
+    assert pssl_ext.explain("prototype_pool", cuda) == "prototype_pool on cuda: native"
+
+
+def test_triton_on_the_cpu_is_for_who_asks(triton_there, monkeypatch):
+    monkeypatch.setattr(backends, "_has_kernel", lambda op, device_type: False)
+    assert backends.choose("prototype_pool", "auto", torch.device("cpu")) == "dispatcher"
+    assert backends.choose("prototype_pool", "triton", torch.device("cpu")) == "triton"
+    assert "triton: runs on cpu only when asked for" in pssl_ext.explain("prototype_pool", "cpu")
 
 
 def test_auto_on_a_device_without_kernels_warns_once(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from support import planted
 from torch.nn import functional as F
 
-from pssl_ext import prototype_contrast, prototype_pool
+from pssl_ext import backends, prototype_contrast, prototype_pool
 from pssl_ext.ops.prototype_pool import resize
 from pssl_ext.registry import OPS
 from pssl_ext.testing import devices, run
@@ -57,10 +57,10 @@ def half_ignored(op, device, grid, size, align_corners, value):
     return args, untouched
 
 
-def check_ignored(op, device, grid, size, align_corners=False, value=math.nan):
+def check_ignored(op, device, grid, size, align_corners=False, value=math.nan, backend="auto"):
     args, untouched = half_ignored(op, device, grid, size, align_corners, value)
     clean, _ = half_ignored(op, device, grid, size, align_corners, 1.0)
-    got, expected = run(OPS[op], args).named(), run(OPS[op], clean).named()
+    got, expected = run(OPS[op], args, backend).named(), run(OPS[op], clean, backend).named()
     for name, tensor in expected.items():
         assert bool(got[name].isfinite().all()), f"{op} {grid}: {value} reaches {name}"
         assert torch.equal(got[name], tensor), f"{op} {grid}: {name} depends on what is ignored"
@@ -77,6 +77,19 @@ def check_ignored(op, device, grid, size, align_corners=False, value=math.nan):
 @pytest.mark.parametrize("op", OPERATORS)
 def test_nan_does_not_reach(op, device, grid, size, align_corners, value):
     check_ignored(op, device, grid, size, align_corners, value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("grid, size", [((9, 11), (9, 11)), ((13, 9), (8, 6)), ((4, 6), (12, 18))])
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_nan_does_not_reach_by_choice(op, backend, device, grid, size, value):
+    """Through kernels that ``auto`` does not take where the compiled ones are."""
+    reason = backends.why_not(op, backend, device)
+    if reason is not None:
+        pytest.skip(f"{backend} on {device}: {reason}")
+    check_ignored(op, device, grid, size, value=value, backend=backend)
 
 
 def test_a_leak_is_seen():
