@@ -48,6 +48,9 @@ class PipelineConfig(TrainConfig):
     """"cam": the paper's; "prototype": softmax over cosines to RCM's prototypes."""
     out: Path = Path("runs/pipeline")
     """Folder for everything the run leaves behind."""
+    warm_start: bool = True
+    """Segmentation starts from the backbone of `arm`, where that was trained and is of the segmentation network's kind
+    (measured on the embedded set, whose backbone starts from random weights)."""
     workers: int | None = None
     """Images refined, read and labelled at a time, a thread each. None: as many as processors."""
     resume: bool = True
@@ -130,6 +133,11 @@ def run_segment(config: PipelineConfig, log: Log) -> dict:
 def segment_config(config: PipelineConfig) -> segment.SegmentConfig:
     """The configuration of pssl.segment."""
     own = {item.name: getattr(config.segment, item.name) for item in dataclasses.fields(SegmentSettings)}
+    if config.warm_start and not config.model.frozen and own["model"].init is None:
+        kind = ("backbone", "timm", "output_stride", "width")
+        if all(getattr(config.model, name) == getattr(own["model"], name) for name in kind):
+            trained = config.out / "train/checkpoints" / f"{config.arm}.safetensors"
+            own["model"] = dataclasses.replace(own["model"], init=trained)
     return segment.SegmentConfig(
         **own,
         labels=config.folder("labels", "train"),

@@ -101,7 +101,7 @@ def stages(report: Report) -> str:
     text = html.note(
         "mIoU in percent. CAMs are cut at the threshold that is best on the training split; pseudo labels know which "
         "classes an image holds, predictions do not."
-    ) + html.table(["", "train", "held out"], rows, best=(1, 2))
+    ) + html.table(["", "train", "held out"], rows)
     pipeline = report.files.pipeline
     if pipeline is not None:
         seconds = [[name, f"{outcome['seconds']:.0f}"] for name, outcome in pipeline["stages"].items()]

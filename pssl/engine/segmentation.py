@@ -60,10 +60,13 @@ def new_segmenter(config: SegmenterConfig, classes: int, seed: int) -> tuple[Dee
         tensors, description = checkpoint.load_weights(config.init)
         prefix = "net.backbone."
         own = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
-        if own.keys() != net.backbone.state_dict().keys():
+        shapes = [
+            {name: value.shape for name, value in state.items()} for state in (own, net.backbone.state_dict())
+        ]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{config.init}: expected the weights of a trained {config.backbone} backbone, got those of "
-                f"{description['model']['backbone']}, {len(own)} tensors"
+                f"{config.init}: expected the weights of a trained {config.backbone} backbone of this width, got "
+                f"those of {description['model']['backbone']}, {len(own)} tensors"
             )
         net.backbone.load_state_dict(own)
         told = f"backbone weights of {config.init}"

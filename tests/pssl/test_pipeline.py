@@ -74,13 +74,17 @@ def test_pipeline_stops_and_carries_on(tiny_pipeline, tiny_root, tmp_path, quiet
 def test_configuration_is_one_and_checked():
     config = parse(pipeline.PipelineConfig, ["--refine.method", "par+crf", "--segment.model.head", "v3plus"])
     assert isinstance(config, TrainConfig) and config.method.rcm.weight == 3.0, "the recipe of the backbone"
+    arm = config.out / "train/checkpoints/rcm+mam.safetensors"
+    assert pipeline.segment_config(config).model.init == arm and config.segment.model.init is None
+    for flags in (["--no-warm-start"], ["--segment.model.width", "32"], ["--model.frozen"]):
+        assert pipeline.segment_config(parse(pipeline.PipelineConfig, flags)).model.init is None
     assert config.refine.steps == ("par", "crf") and config.segment.model.head == "v3plus"
     for wrong, text in (
         ({"arm": "mam"}, "arm: expected one of the arms classifier_long, rcm.mam, got 'mam'"),
         ({"seeds": [0, 1]}, "seeds: expected none"),
         (
-            {"refine": {"metod": "crf"}},
-            "unknown key 'refine.metod'; the nearest known key is 'refine.method'",
+            {"refine": {"methods": "crf"}},
+            "unknown key 'refine.methods'; the nearest known key is 'refine.method'",
         ),
     ):
         with pytest.raises(ValueError, match=text):

@@ -266,7 +266,9 @@ def test_crf_and_a_given_checkpoint(tiny_cams, tiny_labels, tmp_path, quiet):
     for image_id in folder.ids("val"):
         image = torch.from_numpy(folder.image(image_id)).permute(2, 0, 1)
         p = net.probabilities(image, (1.0, 1.5), True)[None]
-        refined = dense_crf(image[None], p, iterations=2, bilateral=config.crf.bilateral)[0].argmax(0)
+        refined = dense_crf(
+            image[None], p, iterations=2, gaussian=config.crf.gaussian, bilateral=config.crf.bilateral
+        )[0].argmax(0)
         assert np.array_equal(read_label_png(config.predictions / f"{image_id}.png", 20), refined.numpy())
         changed += int((refined != p[0].argmax(0)).sum())
     assert changed > 0, "the CRF did nothing"
@@ -281,6 +283,8 @@ def test_backbone_of_a_cam_checkpoint(tiny_cams):
     assert str(tiny_cams.checkpoint) in told
     with pytest.raises(ValueError, match="expected the weights of a trained efficientnet_lite0 backbone"):
         new_segmenter(SegmenterConfig(backbone="efficientnet_lite0", init=tiny_cams.checkpoint), 6, 0)
+    with pytest.raises(ValueError, match="backbone of this width"):
+        new_segmenter(SegmenterConfig(width=8, init=tiny_cams.checkpoint), 6, 0)
     assert ModelConfig().backbone == SegmenterConfig().backbone
 
 
