@@ -169,6 +169,16 @@ def faults(entry: dict) -> list[str]:
     return found
 
 
+def matrix_table(entries: list[dict]) -> str:
+    """A line for each kernel that multiplies matrices: which instructions, and how many, on each architecture."""
+    lines = collections.defaultdict(list)
+    for e in entries:
+        if e["multiplies"]:
+            told = " ".join(f"{count} {name}" for name, count in e["matrix"].items())
+            lines[e["operator"], e["kernel"]].append(f"{e['architecture']} {told or 'none'}")
+    return "\n".join(f"{operator} {kernel}: {', '.join(told)}" for (operator, kernel), told in lines.items())
+
+
 def main() -> int:
     """0 where everything compiles and fits."""
     if importlib.util.find_spec("triton") is None:
@@ -191,10 +201,8 @@ def main() -> int:
         for fault in faults(entry):
             print(f"{entry['operator']} {entry['kernel']} on {entry['architecture']}: {fault}")
             failed += 1
-    used = collections.Counter()
-    for entry in entries:
-        used.update({f"{entry['architecture']} {name}": 1 for name in entry["matrix"]})
-    print(f"{len(entries)} kernels compiled; with matrix instructions: {dict(used)}")
+    print(f"Matrix instructions\n{matrix_table(entries)}")
+    print(f"{len(entries)} kernels compiled, {failed} faults")
     return int(failed > 0)
 
 

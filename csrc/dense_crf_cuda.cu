@@ -40,6 +40,7 @@ __device__ T sum_in_lanes(const T* numbers, int64_t n) {
 #pragma unroll
     for (int lane = 0; lane < kSumLanes; ++lane)
       if (i + lane < n) sum[lane] += numbers[i + lane];
+#pragma unroll
   for (int lanes = kSumLanes / 2; lanes > 0; lanes /= 2)
 #pragma unroll
     for (int lane = 0; lane < lanes; ++lane) sum[lane] += sum[lane + lanes];

@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kThreads) class_sums(const __grid_constant__ C
     __syncthreads();
     stage<T, Alone>(p.f, at, d0, p.log2_channels, staged);
     __syncthreads();
+#pragma unroll 1
     for (int j = part * kFour; part < p.parts() && j < kTileCells; j += p.parts() * kFour) {
       Four<T> f[kFour], g[kFour];
 #pragma unroll

@@ -13,6 +13,7 @@ constexpr int kNeighbours = 9, kCentre = 4;  // row by row
 template <class T>
 __device__ inline void add_classes(const T* q, int64_t padded, int channels, const T* coefficients, int count,
                                    T (&sum)[kFour][kFour]) {
+#pragma unroll 1
   for (int c = 0; c < count; c += kFour) {
     Four<T> g[kFour];
 #pragma unroll

@@ -100,9 +100,11 @@ __device__ void tile_products(const AnyView<4>& f, const T* q, int64_t padded, c
       __syncthreads();
       const int count = int(D - d0 < channels ? D - d0 : channels);
       if (busy && is_norm) {
+#pragma unroll 2
         for (int d = part; d < count; d += warps.parts)
           add_squares<T, Around>(staged + d * Around::kPlane + place, sum);
       } else if (busy) {
+#pragma unroll 2
         for (int d = part; d < count; d += warps.parts)
           add_products(four(staged + d * Around::kPlane + place), q + (d0 + d) * padded + c, sum);
       }

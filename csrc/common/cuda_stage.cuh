@@ -70,11 +70,13 @@ __device__ inline void store_four(const Four<T>& values, S* data, const int64_t 
 }
 
 // What a block's threads have of a chunk of channels: items of four elements side by side along the axis of the map that is
-// contiguous, each moved by one thread; kBatch at a time, so that loads are under way together.
-constexpr int kBatch = 4;
+// contiguous, each moved by one thread; some at a time, so that loads are under way together, and no more of them than
+// registers hold.
 
 template <class V, class Load, class Store>
 __device__ void move_items(int first, int count, int step, const Load& load, const Store& store) {
+  constexpr int kBatch = sizeof(V) > 16 ? 2 : 4;
+#pragma unroll 1
   for (; first < count; first += kBatch * step) {
     V held[kBatch];
 #pragma unroll
@@ -148,6 +150,7 @@ __device__ void unstage(const AnyView<4>& map, const int64_t* at, int64_t d0, in
   with_element<T>(map.type, [&](auto zero) {
     auto* data = static_cast<decltype(zero)*>(map.data);
     if (along_channels(map)) {
+#pragma unroll 1
       for (int i = thread; i < kTileCells << (log2_channels - 2); i += threads) {
         const int j = i >> (log2_channels - 2), d = i * kFour & (channels - 1);
         const T* from = staged + d * Around::kPlane + Around::place(j / kTileColumns, j % kTileColumns);
@@ -161,6 +164,7 @@ __device__ void unstage(const AnyView<4>& map, const int64_t* at, int64_t d0, in
       const int64_t own[kFour] = {at[j], at[j + 1], at[j + 2], at[j + 3]};
       const bool together = stride % kFour == 0 && lie_together(data, own);
       const T* from = staged + Around::place(j / kTileColumns, j % kTileColumns);
+#pragma unroll 1
       for (int d = thread / kWarp; d < channels && d0 + d < D; d += threads / kWarp)
         store_four<T>(four(from + d * Around::kPlane), data, own, (d0 + d) * stride, together);
     }

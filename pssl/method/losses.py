@@ -104,7 +104,10 @@ class Objective(nn.Module):
             see, aim = main.head, support.head
         seen = {scale: see(inputs[scale]) for scale in self.main_scales}
         target = {scale: aim(inputs[scale]) for scale in self.support_scales}
-        losses = self.terms(seen, target, image_labels)
+        with torch.autocast(
+            image_labels.device.type, enabled=False
+        ):  # the networks' passes alone may be less precise
+            losses = self.terms(seen, target, image_labels)
         for name in losses.keys() - {"rcm"}:  # means over images; RCM's is one over pixels, and weighs itself
             losses[name] = share_of_mean(losses[name], len(image_labels))
         losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())

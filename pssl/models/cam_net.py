@@ -148,8 +148,8 @@ class CamNet(nn.Module):
 
     @staticmethod
     def logits(cam: Tensor) -> Tensor:  # [B,K,h,w]
-        """Class logits [B,K]: the CAM's global mean."""
-        return cam.mean((2, 3))
+        """Class logits [B,K], at least float32: the CAM's global mean."""
+        return cam.mean((2, 3), dtype=torch.promote_types(cam.dtype, torch.float32))
 
     def twin(self) -> CamNet:
         """A copy with weights of its own; a frozen backbone is shared."""

@@ -287,6 +287,6 @@ def feature_gradient(
     launch(
         feature_gradient_kernel, b * cdiv(f.cells, tile), f.view, to.view, vectors, image_stride(vectors), adjoint,
         classes, d, h, w, NORM_ROWS=adjoint.shape[1] - classes, FLAT=f.flat, FLAT_OUT=to.flat, BP=tile, BC=block,
-        BK=block if block <= PRODUCT_CLASSES else 64, BD=32, warps=4 if block == 32 else 8,
+        BK=block if block <= PRODUCT_CLASSES else 64, BD=32, warps=8,
     )  # fmt: skip
     return to.tensor

@@ -101,3 +101,23 @@ def test_as_many_maps_as_a_launch_takes(device):
         native("cam_regions", cams=maps, **more)
     with pytest.raises(RuntimeError, match=f"cam_compare: support: {words}"):
         native("cam_compare", main=maps[:3], support=maps[3:], **more)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [(9, 11), (20, 24)])
+@pytest.mark.parametrize("op", ["prototype_pool", "prototype_contrast"])
+def test_more_classes_than_a_pass(op, size, device):
+    """171 classes (COCO-Stuff's): several passes over channels and cells, and on the feature grid more of them than
+    small devices hold for a tile of cells."""
+    g = torch.Generator().manual_seed(12)
+    args = dict(
+        features=torch.randn(2, 40, 9, 11, generator=g),
+        regions=torch.randint(0, 171, (2, *size), generator=g),
+    )
+    args["weights"] = torch.rand(args["regions"].shape, generator=g)
+    if op == "prototype_contrast":
+        args["prototypes"] = torch.randn(171, 40, generator=g)
+    args = {name: tensor.to(device) for name, tensor in args.items()}
+    if op == "prototype_pool":
+        args["num_regions"] = 171
+    check_args(OPS[op], args, "native", f"{op}, 171 classes on {size}")

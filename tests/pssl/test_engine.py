@@ -172,6 +172,22 @@ def test_precision_and_compilation_change_little(engine):
         assert (first == second) == (engine.precision == "auto")
 
 
+def test_losses_are_not_computed_in_less_precision():
+    class Watched(Objective):
+        def terms(self, seen, target, labels):
+            watched.append((torch.is_autocast_enabled("cpu"), seen[1.0].cam.dtype))
+            losses = super().terms(seen, target, labels)
+            watched.append({loss.dtype for loss in losses.values()})
+            return losses
+
+    watched, stage = [], make_stage(epochs=1)
+    stage.objective = Watched(MethodConfig(), 3, 8, 16, rcm=True, mam=True)
+    stage.engine = EngineConfig(precision="bf16")
+    run_stage(stage)
+    assert watched[:2] == [(False, torch.bfloat16), {torch.float32}]
+    assert stage.objective.rcm.memory.rows.dtype == torch.float32
+
+
 def test_engine_options_that_cannot_be():
     stage = make_stage(epochs=1)
     stage.engine = EngineConfig(precision="fp16")
