@@ -193,7 +193,7 @@ def sweep(args: argparse.Namespace) -> Iterator[tuple[str, Deferred]]:
 
 
 def main() -> None:
-    options = parser(__doc__, "rcm", seconds=240, sweeps=SWEEPS, compiles=True)
+    options = parser(__doc__, "rcm", seconds=200, sweeps=SWEEPS, compiles=True)
     options.add_argument("--batch", type=int, help="images (default: 2 on a CPU, 8 on a GPU)")
     types = {str(t).removeprefix("torch."): t for t in TOLERANCE}
     options.add_argument(

@@ -90,9 +90,9 @@ def dense_estimate(inputs: dict[str, Tensor]) -> tuple[float, str]:
 
 
 def refine_problem(
-    args: argparse.Namespace, size: int, k: int, par: bool = True, at: int | None = None
+    args: argparse.Namespace, size: int, k: int, compiled: bool = True, at: int | None = None
 ) -> Problem:
-    g, lineup = generator(), Lineup(not args.no_compile and at is None)
+    g, lineup = generator(), Lineup(compiled and not args.no_compile)
     # smooth colours with noise upon them, as photographs have
     smooth = F.interpolate(torch.rand(1, 3, 9, 9, generator=g), size=(size, size), mode="bilinear")
     images = 255 * (smooth + 0.05 * torch.randn(1, 3, size, size, generator=g)).clamp(0, 1)
@@ -120,7 +120,7 @@ def problems(args: argparse.Namespace) -> Iterator[tuple[str, Deferred]]:
     yield "random_walk/24x32", partial(walk_problem, args, 24, 32)
     yield "random_walk/94x125", partial(walk_problem, args, 94, 125, dense=args.dense)
     yield "pixel_refine/224", partial(refine_problem, args, 224, 4)
-    yield "pixel_refine/448", partial(refine_problem, args, 448, 21)
+    yield "pixel_refine/448", partial(refine_problem, args, 448, 21, compiled=False)
 
 
 def sweep(args: argparse.Namespace) -> Iterator[tuple[str, Deferred]]:
@@ -128,7 +128,10 @@ def sweep(args: argparse.Namespace) -> Iterator[tuple[str, Deferred]]:
         pixels = args.sweep == "pixels"
         side, k, at = (value, 3, value * value) if pixels else (64, value, value)
         yield "random_walk", partial(walk_problem, args, side, side, k, dense=side <= 32, at=at)
-        yield "pixel_refine", partial(refine_problem, args, 2 * side, k, at=4 * at if pixels else at)
+        yield (
+            "pixel_refine",
+            partial(refine_problem, args, 2 * side, k, compiled=False, at=4 * at if pixels else at),
+        )
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ using namespace pssl::PSSL_SIMD_NAMESPACE;
 
 constexpr const char* kOp = "dense_crf";
 constexpr int kSumLanes = 8;
+constexpr int64_t kMostPixels = ((int64_t(1) << 31) - 1) / LatticeView<float, 5>::kCorners;
 
 // logits [pixels][C] of image b: -unary
 template <class T>
@@ -84,6 +85,9 @@ Tensor mean_field(const CudaCall& call, const Tensor& images, const Tensor& prob
                 W = probabilities.size(3), pixels = H * W;
   Tensor result = new_on_device(probabilities, {B, C, H, W}, scalar_type_of<T>);
   if (B * C * pixels == 0) return result;
+  STD_TORCH_CHECK(pixels <= kMostPixels, kOp, ": images must be of at most ", kMostPixels,
+                  " pixels for the CUDA kernel, which numbers their lattice corners in 32 bits, got ", H,
+                  " by ", W);
   using Gaussian = DeviceLattice<T, 2>;
   using Bilateral = DeviceLattice<T, 5>;
   auto numbers = [&](int64_t count) { return new_on_device(probabilities, {count}, scalar_type_of<T>); };

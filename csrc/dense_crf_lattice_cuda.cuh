@@ -13,6 +13,8 @@
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
+using VertexKey = unsigned long long;  // the lowest bits of a key of LatticeMap
+
 constexpr int64_t kPart = 64;          // corners
 constexpr int kLatticeThreads = 128;   // a block
 constexpr int64_t kLatticeWaves = 16;  // of blocks
@@ -61,8 +63,8 @@ struct LatticeView {
 
 template <class T, int d>
 __global__ void __launch_bounds__(kLatticeThreads)
-    find_corners(const __grid_constant__ LatticeMap<d> map, PixelFeatures<d> features, SortKey mask,
-                 const __grid_constant__ View<const uint8_t, 4> images, int64_t b, SortKey* keys,
+    find_corners(const __grid_constant__ LatticeMap<d> map, PixelFeatures<d> features, VertexKey mask,
+                 const __grid_constant__ View<const uint8_t, 4> images, int64_t b, VertexKey* keys,
                  T* weights) {
   const int64_t H = images.size[2], W = images.size[3];
   const int64_t pixel = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, y = pixel / W, x = pixel % W;
@@ -71,14 +73,14 @@ __global__ void __launch_bounds__(kLatticeThreads)
   features.at(y, x, [&](int k) { return images(b, k, y, x); }, feature);
   const Simplex<d> simplex = find_simplex<d>(map, feature);
   for (int k = 0; k <= d; ++k) {
-    keys[pixel * (d + 1) + k] = SortKey(simplex.key[k]) & mask;
+    keys[pixel * (d + 1) + k] = VertexKey(simplex.key[k]) & mask;
     weights[pixel * (d + 1) + k] = T(simplex.weight[k]);
   }
 }
 
 // f(i, whether it begins a vertex, or a part) for this thread's share of the sorted keys.
-template <class F>
-__device__ void each_sorted(const SortKey* keys, int64_t count, const F& f) {
+template <class Key, class F>
+__device__ void each_sorted(const Key* keys, int64_t count, const F& f) {
   const int64_t first = (blockIdx.x * int64_t(kSortThreads) + block_thread()) * kSortRounds;
   for (int64_t i = first; i < first + kSortRounds && i < count; ++i) {
     const bool begins = i == 0 || keys[i] != keys[i - 1];
@@ -87,8 +89,9 @@ __device__ void each_sorted(const SortKey* keys, int64_t count, const F& f) {
 }
 
 // counts [blocks][2]: the vertices and the parts that begin in each block's keys.
+template <class Key>
 __global__ void __launch_bounds__(kSortThreads)
-    count_vertices(const SortKey* keys, int64_t count, int32_t* counts) {
+    count_vertices(const Key* keys, int64_t count, int32_t* counts) {
   PSSL_SHARED(scratch, int32_t[kWarp]);
   int32_t vertices = 0, parts = 0;
   each_sorted(keys, count, [&](int64_t, bool vertex, bool part) { vertices += vertex, parts += part; });
@@ -100,8 +103,8 @@ __global__ void __launch_bounds__(kSortThreads)
 // `before` [blocks][2]: what begins before each block's keys.
 template <class T, int d>
 __global__ void __launch_bounds__(kSortThreads)
-    number_vertices(const SortKey* keys, const int32_t* before, LatticeView<T, d> lattice,
-                    SortKey* vertex_keys) {
+    number_vertices(const VertexKey* keys, const int32_t* before, LatticeView<T, d> lattice,
+                    VertexKey* vertex_keys) {
   PSSL_SHARED(scratch, int32_t[kWarp]);
   int32_t vertices = 0, parts = 0, all;
   each_sorted(keys, lattice.corners,
@@ -125,13 +128,13 @@ __global__ void __launch_bounds__(kSortThreads)
 // A column for each direction and side of it: 2j ahead, 2j + 1 behind.
 template <class T, int d>
 __global__ void __launch_bounds__(kLatticeThreads)
-    find_neighbours(const __grid_constant__ LatticeMap<d> map, SortKey mask, const SortKey* vertex_keys,
+    find_neighbours(const __grid_constant__ LatticeMap<d> map, VertexKey mask, const VertexKey* vertex_keys,
                     LatticeView<T, d> lattice) {
   const int32_t vertices = lattice.found[0];
   const int which = threadIdx.x;
   const int64_t step = which % 2 == 0 ? map.step(which / 2) : -map.step(which / 2);
   for (int64_t v = first_row(); v < vertices; v += row_stride()) {
-    const SortKey key = (vertex_keys[v] + SortKey(step)) & mask;
+    const VertexKey key = (vertex_keys[v] + VertexKey(step)) & mask;
     int32_t begin = 0, end = vertices;
     while (begin < end) {
       const int32_t middle = begin + (end - begin) / 2;
@@ -223,16 +226,16 @@ class DeviceLattice {
     view_.part_begin = view_.neighbour + 2 * (d + 1) * n;
     view_.first_part = view_.part_begin + n + 1;
     const int bits = map.key_bits();
-    const SortKey mask = (SortKey(1) << bits) - 1;
+    const VertexKey mask = (VertexKey(1) << bits) - 1;
     launch(call, find_corners<T, d>, by_pixel(), dim3(kLatticeThreads), 0, map, features, mask,
            View<const uint8_t, 4>::of(images), b, sorter_.now().keys, view_.weight);
     sorter_.sort(call, bits);
     view_.found = sorter_.totals();
     view_.entry = sorter_.now().entries;
-    const SortKey* keys = sorter_.now().keys;
-    SortKey* vertex_keys = sorter_.other().keys;  // free after the sort
+    const VertexKey* keys = sorter_.now().keys;
+    VertexKey* vertex_keys = sorter_.other().keys;  // free after the sort
     const dim3 by_key = grid_of(sorter_.blocks()), threads(kSortThreads);
-    launch(call, count_vertices, by_key, threads, 0, keys, n, sorter_.counts());
+    launch(call, count_vertices<VertexKey>, by_key, threads, 0, keys, n, sorter_.counts());
     sorter_.sum(call, 2);
     launch(call, number_vertices<T, d>, by_key, threads, 0, keys, sorter_.counts(), view_, vertex_keys);
     const RowLaunch rows(call, n, 2 * (d + 1));
@@ -262,7 +265,7 @@ class DeviceLattice {
   dim3 by_pixel() const { return grid_of((view_.corners / (d + 1) + kLatticeThreads - 1) / kLatticeThreads); }
 
   const CudaCall& call_;
-  Sorter sorter_;
+  Sorter<VertexKey> sorter_;
   T* scratch_;
   Tensor numbers_, weights_, values_;
   LatticeView<T, d> view_;

@@ -41,12 +41,12 @@ class CamsConfig:
 
 
 def run(config: CamsConfig, log: Log | None = None) -> int:
-    """Write the files of a split; returns how many this rank wrote. Images keep the checkpoint's training size."""
+    """Write the files of a split; returns how many this rank wrote. Images are read as in training."""
     device = resolve_device(config.device)
     distributed.start(device)
     log = log or Log()
     trained = load_net(config.checkpoint, device)
-    config.data.size = trained.size
+    config.data.size, config.data.loading = trained.size, trained.loading
     folder = open_data(config.data)
     if tuple(folder.classes) != trained.classes:
         raise ValueError(

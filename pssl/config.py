@@ -73,11 +73,21 @@ class DataConfig:
     check: Literal["headers", "decode", "nothing"] = "headers"
     """What is looked at before training: whether files are there, whole and of one size ("headers": first and last
     bytes; "decode": every pixel). Images that are not are named and left out."""
+    loading: Literal["memory", "files"] = "memory"
+    """"memory": every image is resized to a square of side `size` once, and kept. "files": images are read when they
+    are needed, in their own proportions: cut to `size` for training, whole and as large as they are for CAMs (SEAM,
+    IRN)."""
     size: int = 96
-    """Side in pixels of the square that images are resized to. 96: the embedded set's own size."""
+    """Side in pixels of the square that training shows. 96: the embedded set's own size; SEAM 448, IRN 512."""
     zoom: Floats = (1.0, 1.25)
-    """Training images are resized by a random factor of this range, then cut back to `size` at random. Measured on
-    the embedded set. Not used with a frozen backbone, whose activations are cached."""
+    """Training images are resized by a random factor, so that their longer side is `size` times a number of this range,
+    then cut or padded to `size` at random. Measured on the embedded set; SEAM's 448 to 768 is (1, 1.714), IRN's 320 to
+    640 for 512 is (0.625, 1.25). Not used with a frozen backbone, whose activations are cached."""
+    colour_jitter: Floats = ()
+    """Largest random changes of brightness, contrast, saturation (shares) and hue (turns) in training, four numbers;
+    empty: none, as IRN. AffinityNet and SEAM: 0.3, 0.3, 0.3, 0.1."""
+    workers: int = 4
+    """Threads that read images while the network computes, for `loading: files`."""
 
 
 @dataclass
@@ -121,17 +131,27 @@ class ModelConfig(BackboneConfig):
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and the course of its learning rate."""
+    """The optimiser and the course of its learning rate."""
 
     batch_size: int = 16
-    """Images a step, over all ranks together."""
+    """Images a step, over all ranks together. Ranks may get one more or less than others."""
+    drop_last: bool = True
+    """Leave out an epoch's last images where they do not fill a batch (SEAM, IRN); the order differs every epoch."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """"adamw" (Loshchilov & Hutter 2019), measured on the embedded set; "sgd", as in AffinityNet, SEAM and IRN."""
+    momentum: float = 0.0
+    """Of SGD. 0: what the PolyOptimizer of AffinityNet, SEAM and IRN amounts to."""
     lr: float = 2e-3
-    """Peak learning rate of the backbone (in stage 1 of pssl.train). Measured on the embedded set."""
+    """Peak learning rate of the backbone (in stage 1 of pssl.train). Measured on the embedded set with AdamW; SEAM
+    0.01, IRN 0.1."""
     head_lr_factor: float = 5.0
     """Learning rate of the last layers (and of SEAM's module) over that of the backbone: WSSS code commonly uses 10;
     measured 5."""
+    bias_lr_factor: float = 1.0
+    """Learning rate of biases over that of weights; biases have no weight decay. 2 in AffinityNet and SEAM, so that
+    with the head's 10 the rates are x1, x2, x10 and x20."""
     weight_decay: float = 5e-4
-    """AdamW weight decay; 5e-4 is what AffinityNet's, SEAM's and IRN's public code use."""
+    """Weight decay of what is no bias; 5e-4 in AffinityNet and SEAM, 1e-4 in IRN."""
     poly_power: float = 0.9
     """The learning rate falls as (1 - step/steps)^power (poly schedule of DeepLab; 0 keeps it constant)."""
     warmup: float = 0.05
@@ -147,6 +167,9 @@ class ScheduleConfig(OptimizerConfig):
     change by less than seeds differ, and what the arms add to them doubles."""
     arm_epochs: int = 4
     """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
+    head_layers: Literal["cam", "new"] = "cam"
+    """What `head_lr_factor` applies to. "cam": the CAM layer, measured on the embedded set; "new": all layers that are
+    not the backbone's, as AffinityNet, SEAM and IRN do."""
     arm_lr_factor: float = 0.5
     """Learning rate of the arms over that of stage 1. Measured on the embedded set."""
 
@@ -266,6 +289,31 @@ class EvaluationConfig:
     """Background thresholds tried: i/steps for i in 1..steps-1."""
     train_images: int | None = None
     """Score this many images of the training split, evenly spaced in its list. None: all."""
+    every: int = 0
+    """Score the CAMs on these training images after every so many epochs too, and keep the best network as
+    checkpoints/ARM.best.safetensors. Held images have no say in it. 0: never."""
+
+
+@dataclass
+class EngineConfig:
+    """How steps are computed and what is kept of them; none of it belongs to the method."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the networks' passes (torch.autocast); losses and prototypes are always float32. "fp16" comes with
+    loss scaling; "auto": bf16 on CUDA, fp32 elsewhere."""
+    channels_last: bool = True
+    """Keep convolutions in the memory order in which they are quickest on CPUs and on tensor cores."""
+    accumulate: int = 1
+    """Pass a batch in so many parts, one after the other, and step once: less memory. RCM and PPC see a part at a time,
+    and batch norms that are not fixed count each part."""
+    clip_norm: float | None = None
+    """Largest norm of all gradients together; longer ones are shortened. None: no limit (AffinityNet, SEAM, IRN)."""
+    compile: str | None = None
+    """torch.compile backend for the backbone, such as "inductor" (torch's default). None: not compiled."""
+    save_every: int | None = None
+    """Keep the training state after every so many steps too. None: after every epoch only."""
+    tensorboard: bool = False
+    """Write the losses for TensorBoard, into OUT/tensorboard (the extra of that name). CSV is always written."""
 
 
 @dataclass
@@ -278,6 +326,7 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     recipe: str = "auto"
     """Defaults to start from: a file of pssl/recipes, or "auto": the backbone's own (RECIPE_OF_BACKBONE)."""
     out: Path = Path("runs/train")
@@ -293,7 +342,8 @@ class TrainConfig:
     device: str = "auto"
     """Torch device, or "auto": CUDA where there is one, else CPU."""
     resume: bool = False
-    """Carry on from what OUT/checkpoints holds; the configuration must be the same."""
+    """Carry on from what OUT/checkpoints holds, with the numbers of a run that was never interrupted; the configuration
+    must be the same."""
     pictures: int = 8
     """Held-out images drawn into OUT/pictures."""
 

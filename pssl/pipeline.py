@@ -1,9 +1,10 @@
 """Everything in one go: ``python -m pssl.pipeline``, from images with labels to a segmentation network and its mIoU.
 
-Trains the CAM networks, writes CAMs, refines them to pseudo labels, trains a segmentation network on these and
-scores all of it. OUT holds a folder for each stage (train, cams, labels, segment, scores), pipeline.yaml (runs the same
-again), pipeline.json (how long each stage took, what came out). A run that was stopped carries on where it stopped:
-stages that are done are kept, and training, refinement and predictions carry on inside theirs.
+Trains the CAM networks, writes CAMs, refines them to pseudo labels, trains a segmentation network on these, scores
+all of it and makes a page of it. OUT holds a folder for each stage (train, cams, labels, segment, scores),
+pipeline.yaml (runs the same again), pipeline.json (how long each stage took, what came out) and report.html. A run that
+was stopped carries on where it stopped: stages that are done are kept, and training, refinement and predictions carry
+on inside theirs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Literal
 import yaml
 from rich.table import Table
 
-from pssl import cams, evaluate, refine, segment, train
+from pssl import cams, evaluate, refine, report, segment, train
 from pssl.cli import Names, from_dict, parse, to_dict
 from pssl.config import TrainConfig
 from pssl.engine import distributed
@@ -211,6 +212,7 @@ def run(config: PipelineConfig, log: Log | None = None) -> dict:
     if distributed.is_first():
         write_text(config.out / "pipeline.json", json.dumps(result, indent=1))
         log.console.print(closing_table(config, stages["evaluate"]))
+        report.run(report.ReportConfig(run=config.out), log)
         log.say(f"{result['seconds']:.0f} s in all; results in {config.out}")
     return result
 

@@ -95,7 +95,7 @@ def open_affinities(
     """The CAM network with affinities, loaded or trained on this split."""
     settings = config.affinity
     trained = load_net(config.checkpoint, resolve_device(config.device))
-    config.data.size = trained.size
+    config.data.size, config.data.loading = trained.size, "memory"  # labels lie on one grid for all images
     scales = {1.0, settings.scale, *(source.inference.scales if source else ())}
     inputs = build_inputs(folder, ids, trained.net, config.data, trained.model, scales, log)
     digest = file_digest(config.checkpoint)

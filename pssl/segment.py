@@ -92,14 +92,18 @@ def train(config: SegmentConfig, folder: DataFolder, device: torch.device, log: 
         config.out / "checkpoints/segment.state.pt",
         config.workers,
     )
+    trained: list[float] = []
     with log.progress("train segment", training.steps) as bar:
 
         def on_step(values: dict[str, float]) -> None:
-            log.take_losses("segment", values)
+            log.plot("segment", values)
+            trained.append(values["step"])
             bar.reach(int(values["step"]) + 1, f"loss {values['total']:.3f}")
 
         run_stage(training, resume=config.resume, on_step=on_step)
         bar.reach(training.steps)
+    if trained:  # else all was resumed
+        log.take_losses("segment", training.history)
     outcome = {"images": len(ids), "steps": training.steps, "seconds": round(training.seconds, 1)}
     if distributed.is_first():
         path = config.out / "checkpoints/segment.safetensors"

@@ -9,84 +9,32 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from pssl.cli import parse, to_yaml
 from pssl.config import TERMS_OF_ARM, TrainConfig
-from pssl.data.open import DataFolder
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
 from pssl.engine.checkpoint import write_text
-from pssl.engine.inference import READOUTS, final_prototypes, read_images
-from pssl.engine.inputs import ActivationInputs, Inputs
+from pssl.engine.distributed import is_first
+from pssl.engine.experiment import Experiment, find_prototypes, open_experiment, save, score, score_role
+from pssl.engine.inference import READOUTS, read_images
+from pssl.engine.inputs import ActivationInputs
 from pssl.engine.log import Log
 from pssl.engine.loop import Stage, run_stage
 from pssl.engine.pictures import draw_comparison
 from pssl.engine.results import commit, summarise, to_csv, to_table, versions
-from pssl.engine.scoring import Scorer
 from pssl.engine.workspace import (
-    build_inputs,
+    memory_format,
     new_net,
     new_pixel_correlation,
-    open_data,
     resolve_device,
-    save_net,
-    usable_images,
 )
 from pssl.method.losses import Objective
-from pssl.method.rcm import RCM
-from pssl.method.readout import Prototypes
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
-
-
-@dataclass
-class Experiment:
-    """The data of a run, opened once for all seeds and arms."""
-
-    config: TrainConfig
-    folder: DataFolder
-    inputs: dict[str, Inputs]
-    """By role: "train", "val"."""
-    scored: dict[str, frozenset[str]]
-    """By role, the images that have a mask to be scored by."""
-    device: torch.device
-    log: Log
-
-    @property
-    def regions(self) -> tuple[str, ...]:
-        """Names of the regions: background, then the classes."""
-        return ("background", *self.folder.classes)
-
-    def scored_indices(self, role: str) -> list[int]:
-        """The images of a role that are scored: all, or an even selection of the training images."""
-        limit = self.config.evaluation.train_images if role == "train" else None
-        having = [i for i, image_id in enumerate(self.inputs[role].ids) if image_id in self.scored[role]]
-        return [having[i] for i in even_selection(len(having), limit)]
-
-
-def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Experiment:
-    """Open the data and make its inputs, activations of a frozen backbone included."""
-    folder = open_data(config.data)
-    net = new_net(config.model, len(folder.classes), config.seed_list[0], log.say).to(device)
-    scales = {1.0, *config.inference.scales, *config.method.support.scales, *config.method.mam.scales}
-    if any("seam" in TERMS_OF_ARM[arm] for arm in config.arms):
-        scales.add(config.method.seam.scale)
-    inputs, scored = {}, {}
-    for role, split in (("train", config.data.train_split), ("val", config.data.val_split)):
-        images = usable_images(folder, split, config.data.check, log)
-        ids, scored[role] = images.ids, images.scored
-        if not scored[role]:
-            raise ValueError(
-                f"{folder.root}, split {split}: expected masks to score by (and pick thresholds on), found none; "
-                "is data.masks right?"
-            )
-        inputs[role] = build_inputs(folder, ids, net, config.data, config.model, scales, log)
-        log.say(f"{role}: {len(ids)} images of {folder.name}, split {split}, {len(folder.classes)} classes")
-    return Experiment(config, folder, inputs, scored, device, log)
 
 
 def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: Path) -> Stage:
@@ -114,6 +62,7 @@ def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: 
         schedule=schedule,
         seed=seed,
         state_path=out / "checkpoints" / f"{name}.state.pt",
+        engine=config.engine,
     )
     if objective.rcm is not None and config.method.rcm.refresh_epochs:
         stage.refresh = lambda stage: refresh(experiment, stage)
@@ -122,71 +71,55 @@ def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: 
     with log.progress(f"train {name}", stage.steps) as bar:
 
         def on_step(values: dict[str, float]) -> None:
-            log.take_losses(f"{seed}/{name}", values)
+            log.plot(f"{seed}/{name}", values)
             shown = (f"{k} {values[k]:.3f}" for k in ("classification", *terms) if k in values)
             bar.reach(int(values["step"]) + 1, "  ".join(shown))
 
-        run_stage(stage, resume=config.resume, on_step=on_step)
-        bar.reach(stage.steps)  # epochs that were resumed count too
+        def on_epoch(epoch: int) -> None:
+            every = config.evaluation.every
+            if every and (epoch + 1) % every == 0:
+                keep_if_best(experiment, stage, epoch, seed, out)
+
+        run_stage(stage, resume=config.resume, on_step=on_step, on_epoch=on_epoch)
+        bar.reach(stage.steps)  # steps that were resumed count too
+    log.take_losses(f"{seed}/{name}", stage.history)
+    if is_first():
+        log.write_losses(config.out / "losses.csv")
     return stage
-
-
-def prototypes_of(experiment: Experiment, net: CamNet, rcm: RCM | None) -> Prototypes:
-    """RCM's prototypes of the training split, by the module that the network was trained with, if any."""
-    config = experiment.config
-    return final_prototypes(
-        net,
-        experiment.inputs["train"],
-        config.data.size,
-        config.method.rcm,
-        config.inference,
-        config.method.support.scales,
-        trained_with=rcm,
-    )
 
 
 def refresh(experiment: Experiment, stage: Stage) -> None:
     """SupportNet starts anew as MainNet; its readout by MainNet's prototypes makes the region masks from here on."""
-    stage.objective.rcm.anchor(prototypes_of(experiment, stage.net, stage.objective.rcm))
+    stage.objective.rcm.anchor(find_prototypes(experiment, stage.net, stage.objective.rcm))
     stage.support.restart(stage.net)
 
 
-def score(experiment: Experiment, name: str, net: CamNet, prototypes: Prototypes) -> dict[str, dict]:
-    """Both readouts on both splits, at the threshold that is best on the train split."""
-    config, folder = experiment.config, experiment.folder
-    results = {}
-    for role in ("train", "val"):
-        inputs = experiment.inputs[role]
-        indices = experiment.scored_indices(role)
-        scorers = {r: Scorer(len(experiment.regions), config.evaluation.steps) for r in READOUTS}
-        masks = {}
-
-        def size_of(image_id: str, masks=masks) -> tuple[int, int]:
-            masks[image_id] = folder.mask(image_id)
-            return masks[image_id].shape
-
-        with experiment.log.progress(f"score {name} on {role}", len(indices)) as bar:
-            own = distributed.share(indices)
-            for maps in read_images(net, inputs, own, size_of, config.inference, prototypes):
-                mask, parts = masks.pop(maps.id), folder.parts(maps.id)
-                for readout, scorer in scorers.items():
-                    scorer.add(maps.maps[readout], maps.class_ids, mask, parts)
-                bar.advance()
-        results[role] = {readout: scorer.result() for readout, scorer in scorers.items()}
-    summaries = {}
-    for readout in READOUTS:
-        threshold = results["train"][readout].best_threshold
-        split = config.data.train_split
-        summaries[readout] = {
-            role: results[role][readout].summary(experiment.regions, threshold, split) for role in results
-        }
-    return summaries
+def keep_if_best(experiment: Experiment, stage: Stage, epoch: int, seed: int, out: Path) -> None:
+    """Score the CAMs of a stage's network on the training images; keep it if none of its epochs scored higher."""
+    prototypes = find_prototypes(experiment, stage.net, stage.objective.rcm)
+    scored = score_role(experiment, stage.name, stage.net, prototypes, "train")["cam"]
+    miou = max(scored.curve)
+    if miou > stage.best.get("miou", -1.0):
+        stage.best = {"epoch": epoch, "miou": miou, "threshold": scored.best_threshold}
+        thresholds = {"cam": scored.best_threshold}
+        save(
+            experiment,
+            f"{stage.name}.best",
+            stage.net,
+            prototypes,
+            seed,
+            out,
+            thresholds,
+            arm=stage.name,
+            epoch=epoch,
+        )
 
 
 def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
     """Train and score all arms for one seed; write checkpoints and pictures; return the results."""
     config, folder = experiment.config, experiment.folder
-    stage1 = new_net(config.model, len(folder.classes), seed).to(experiment.device)
+    layout = memory_format(config.engine)
+    stage1 = new_net(config.model, len(folder.classes), seed, memory_format=layout).to(experiment.device)
     train_inputs = experiment.inputs["train"]
     if isinstance(train_inputs, ActivationInputs):
         stage1.set_channel_statistics(*train_inputs.channel_statistics())
@@ -197,7 +130,7 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
         if arm != "classifier":
             net = stage1.twin()
             stage = train_stage(experiment, arm, net, seed, out)
-        prototypes = prototypes_of(experiment, net, stage.objective.rcm)
+        prototypes = find_prototypes(experiment, net, stage.objective.rcm)
         nets[arm] = net
         begin = time.perf_counter()
         readouts = score(experiment, arm, net, prototypes)
@@ -212,20 +145,20 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
             "seconds_training": round(stage.seconds, 2),
             "seconds_scoring": round(time.perf_counter() - begin, 2),
         }
-        if distributed.is_first():
-            save_net(
-                out / "checkpoints" / f"{arm}.safetensors",
-                net,
-                prototypes,
-                config.model,
-                folder.classes,
-                config.data.size,
-                arm=arm,
-                seed=seed,
-                steps=first.steps + arms[arm]["steps_after_stage_1"],
-                thresholds={readout: readouts[readout]["val"]["threshold"] for readout in READOUTS},
-            )
-    if distributed.is_first():
+        if stage.best:
+            arms[arm]["best_epoch"] = stage.best
+        save(
+            experiment,
+            arm,
+            net,
+            prototypes,
+            seed,
+            out,
+            {readout: readouts[readout]["val"]["threshold"] for readout in READOUTS},
+            arm=arm,
+            steps=first.steps + arms[arm]["steps_after_stage_1"],
+        )
+    if is_first():
         draw_pictures(experiment, nets, out / "pictures")
     return {"seed": seed, "stage_1_steps": first.steps, "arms": arms}
 
@@ -267,7 +200,9 @@ def run(config: TrainConfig, log: Log | None = None) -> dict:
     torch.utils.deterministic.fill_uninitialized_memory = False
     distributed.start(device)
     log = log or Log()
-    if distributed.is_first():
+    if config.engine.tensorboard and is_first():
+        log.open_tensorboard(config.out / "tensorboard")
+    if is_first():
         write_text(config.out / "config.yaml", to_yaml(config))
     experiment = open_experiment(config, device, log)
     runs = []
@@ -293,10 +228,9 @@ def run(config: TrainConfig, log: Log | None = None) -> dict:
         "summary": rows,
         "runs": runs,
     }
-    if distributed.is_first():
+    if is_first():
         write_text(config.out / "metrics.json", json.dumps(metrics, indent=1))
         write_text(config.out / "summary.csv", to_csv(rows))
-        log.write_losses(config.out / "losses.csv")
         seeds = ", ".join(map(str, config.seed_list))
         log.console.print(to_table(rows, f"{experiment.folder.name}, seed {seeds}: mIoU in percent"))
         log.say(f"{metrics['seconds']:.0f} s in all; results in {config.out}")

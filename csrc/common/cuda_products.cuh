@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "common/cuda_cells.cuh"
+#include "common/cuda_stage.cuh"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 

@@ -1,4 +1,4 @@
-// Stable sorting of 64-bit keys on the device, and numbering what sorted keys fall into. Least digit first: each pass
+// Stable sorting of unsigned keys on the device, and numbering what sorted keys fall into. Least digit first: each pass
 // counts the digits of every block's keys, adds the counts up, and puts the keys in their places, block by block, warp by
 // warp and lane by lane in their order. So the order of equal keys, and every sum taken along it, is fixed.
 #pragma once
@@ -10,8 +10,6 @@
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
-using SortKey = unsigned long long;
-
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 constexpr int kSortThreads = 256, kSortWarps = kSortThreads / kWarp;
 constexpr int kSortRounds = 16;                        // keys a thread
@@ -19,15 +17,17 @@ constexpr int kSortKeys = kSortThreads * kSortRounds;  // keys a block
 static_assert(kSortThreads == kDigits, "thread t looks after digit t");
 
 // Keys and where each of them stood before any sorting; `entries` null: in order.
+template <class Key>
 struct Keys {
-  SortKey* keys;
+  Key* keys;
   int32_t* entries;
 
   __device__ int32_t entry(int64_t i) const { return entries ? entries[i] : int32_t(i); }
 };
 
+template <class Key>
 struct SortPass {
-  Keys from, to;
+  Keys<Key> from, to;
   int64_t count;
   int shift;        // of the digit
   int32_t* counts;  // [blocks][digits]
@@ -41,7 +41,8 @@ struct SortPass {
   }
 };
 
-__global__ void __launch_bounds__(kSortThreads) count_digits(const __grid_constant__ SortPass pass) {
+template <class Key>
+__global__ void __launch_bounds__(kSortThreads) count_digits(const __grid_constant__ SortPass<Key> pass) {
   PSSL_SHARED(found, int32_t[kDigits]);
   const int thread = block_thread();
   found[thread] = 0;
@@ -56,13 +57,14 @@ __global__ void __launch_bounds__(kSortThreads) count_digits(const __grid_consta
 
 // Each column of `counts` [rows][columns], a thread a column, becomes the sums of what stands above; `totals` [columns] that of
 // all. Loads of several rows are under way at a time.
-__global__ void __launch_bounds__(kSortThreads) sum_columns(int32_t* counts, int64_t rows, int32_t* totals) {
+template <class Count>
+__global__ void __launch_bounds__(kSortThreads) sum_columns(Count* counts, int64_t rows, Count* totals) {
   constexpr int kTogether = 16;
   const int64_t columns = blockDim.x;
-  int32_t above = 0;
+  Count above = 0;
   counts += threadIdx.x;
   for (int64_t first = 0; first < rows; first += kTogether) {
-    int32_t count[kTogether];
+    Count count[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) count[i] = first + i < rows ? counts[(first + i) * columns] : 0;
 #pragma unroll
@@ -84,7 +86,8 @@ __device__ inline unsigned lanes_of_digit(bool there, int digit) {
   return lanes;
 }
 
-__global__ void __launch_bounds__(kSortThreads) place_keys(const __grid_constant__ SortPass pass) {
+template <class Key>
+__global__ void __launch_bounds__(kSortThreads) place_keys(const __grid_constant__ SortPass<Key> pass) {
   PSSL_SHARED(next, int32_t[kSortWarps][kDigits]);  // the place of a warp's next key of each digit
   PSSL_SHARED(scratch, int32_t[kWarp]);
   const int thread = block_thread(), warp = thread / kWarp, lane = thread % kWarp;
@@ -120,6 +123,7 @@ __global__ void __launch_bounds__(kSortThreads) place_keys(const __grid_constant
 }
 
 // Memory for sorting `count` keys: `keys` to begin with, and what passes need.
+template <class Key>
 class Sorter {
  public:
   Sorter(const Tensor& like, int64_t count)
@@ -128,14 +132,15 @@ class Sorter {
         entries_(new_on_device(like, {2 * count}, ScalarType::Int)),
         counts_(new_on_device(like, {kDigits * (blocks() + 1)}, ScalarType::Int)) {
     STD_TORCH_CHECK(count < (int64_t(1) << 31), "pssl: sorting ", count, " keys, 2^31 or more");
-    SortKey* keys = static_cast<SortKey*>(keys_.mutable_data_ptr());
+    static_assert(sizeof(Key) == 8, "what a Long tensor holds");
+    Key* keys = static_cast<Key*>(keys_.mutable_data_ptr());
     int32_t* entries = entries_.mutable_data_ptr<int32_t>();
     now_ = {keys, entries}, other_ = {keys + count, entries + count};
   }
   int64_t blocks() const { return (count_ + kSortKeys - 1) / kSortKeys; }
   int64_t count() const { return count_; }
-  Keys now() const { return now_; }
-  Keys other() const { return other_; }
+  Keys<Key> now() const { return now_; }
+  Keys<Key> other() const { return other_; }
   // [blocks][kDigits] and [kDigits]
   int32_t* counts() { return counts_.mutable_data_ptr<int32_t>(); }
   int32_t* totals() { return counts() + kDigits * blocks(); }
@@ -143,23 +148,23 @@ class Sorter {
   // Sorts now().keys, of which the lowest `bits` count; entries begin as 0, 1, ..
   void sort(const CudaCall& call, int bits) {
     for (int shift = 0; shift < bits; shift += kDigitBits) {
-      SortPass pass{now_, other_, count_, shift, counts(), totals()};
+      SortPass<Key> pass{now_, other_, count_, shift, counts(), totals()};
       if (shift == 0) pass.from.entries = nullptr;
-      launch(call, count_digits, grid_of(blocks()), dim3(kSortThreads), 0, pass);
+      launch(call, count_digits<Key>, grid_of(blocks()), dim3(kSortThreads), 0, pass);
       sum(call, kDigits);
-      launch(call, place_keys, grid_of(blocks()), dim3(kSortThreads), 0, pass);
+      launch(call, place_keys<Key>, grid_of(blocks()), dim3(kSortThreads), 0, pass);
       std::swap(now_, other_);
     }
   }
   // sum_columns of counts() [blocks][columns]
   void sum(const CudaCall& call, int columns) {
-    launch(call, sum_columns, dim3(1), dim3(unsigned(columns)), 0, counts(), blocks(), totals());
+    launch(call, sum_columns<int32_t>, dim3(1), dim3(unsigned(columns)), 0, counts(), blocks(), totals());
   }
 
  private:
   int64_t count_;
   Tensor keys_, entries_, counts_;
-  Keys now_, other_;
+  Keys<Key> now_, other_;
 };
 
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -19,6 +19,7 @@ __all__ = [
     "IMAGENET_STD",
     "multi_scale",
     "normalise",
+    "random_colours",
     "random_flip",
     "random_labelled_crop",
     "random_resized_crop",
@@ -29,6 +30,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Channel means of ImageNet's RGB images in 0..1, as torchvision's models expect."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Channel standard deviations of the same."""
+GREY = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey (ITU-R BT.601)."""
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -148,6 +151,51 @@ def _crop(
         target.append(slice(None) if length > size else slice(start, start + span))
     out[tuple(target)] = image[tuple(source)]
     return out
+
+
+def random_colours(
+    image: Tensor,  # [3,H,W] in 0..1
+    generator: torch.Generator | None = None,
+    strength: Sequence[float] = (0.3, 0.3, 0.3, 0.1),
+) -> Tensor:
+    """`image` with brightness, contrast, saturation and hue changed at random, in an order drawn at random.
+
+    `strength` are b, c, s, h: the first three are multiplied by a factor of 1 ± b, 1 ± c, 1 ± s, hue is turned by ± h
+    of the colour circle; the default is AffinityNet's and SEAM's. Contrast is the distance from the image's mean grey,
+    saturation that from each pixel's grey. Values are cut to 0..1 after each. ValueError unless there are four numbers,
+    not negative, the last at most 0.5.
+    """
+    if len(strength) != 4 or min(strength) < 0 or strength[3] > 0.5:
+        raise ValueError(
+            f"random_colours: expected four strengths, the last in 0..0.5, got {tuple(strength)}"
+        )
+    draws = (torch.rand(4, generator=generator) * 2 - 1).tolist()
+    for kind in torch.randperm(4, generator=generator).tolist():
+        change = draws[kind] * strength[kind]
+        if change == 0:
+            continue
+        if kind == 3:
+            image = _turn_hue(image, change)
+            continue
+        grey = (image * image.new_tensor(GREY).view(3, 1, 1)).sum(0, keepdim=True)
+        towards = (0.0, grey.mean(), grey)[kind]
+        image = ((image - towards) * (1 + change) + towards).clamp(0, 1)
+    return image
+
+
+def _turn_hue(image: Tensor, turns: float) -> Tensor:  # [3,H,W] in 0..1
+    """The hue of the HSV hexagon turned, value and saturation kept.
+
+    A channel is value - chroma · clamp(min(k, 4 - k), 0, 1) with k = (n + 6·hue) mod 6 and n = 5, 3, 1 for red, green
+    and blue.
+    """
+    value, chroma = image.amax(0), image.amax(0) - image.amin(0)
+    red, green, blue = image.unbind(0)
+    safe = chroma.clamp(min=1e-12)
+    others = torch.where(green == value, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    sixths = torch.where(red == value, (green - blue) / safe, others)
+    k = (image.new_tensor((5.0, 3.0, 1.0)).view(3, 1, 1) + sixths + 6 * turns) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def multi_scale(

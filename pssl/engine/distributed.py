@@ -53,18 +53,39 @@ def wait() -> None:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """This rank's contiguous share of `items`; shares differ in length by one at most."""
-    ranks, own = world_size(), rank()
-    return items[len(items) * own // ranks : len(items) * (own + 1) // ranks]
+    return items[slice(*part(len(items), world_size(), rank()))]
 
 
-def gather_rows(rows: Tensor) -> Tensor:  # [n,...], n the same on all ranks
-    """All ranks' rows [N,...], in rank order, without gradient."""
+def part(count: int, parts: int, index: int) -> tuple[int, int]:
+    """Begin and end of part `index` of `count` things in `parts` contiguous parts that differ by one at most."""
+    return count * index // parts, count * (index + 1) // parts
+
+
+def gather_rows(rows: Tensor) -> Tensor:  # [n,...]
+    """All ranks' rows [N,...], in rank order, without gradient; ranks may have different numbers of them."""
     if world_size() == 1:
         return rows
     plain = rows.detach().to(torch.uint8) if rows.dtype == torch.bool else rows.detach()
-    parts = [torch.empty_like(plain) for _ in range(world_size())]
-    dist.all_gather(parts, plain.contiguous())
-    return torch.cat(parts).to(rows.dtype)
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, counts[0].new_tensor([len(plain)]))
+    lengths = [int(count) for count in counts]
+    padded = plain.new_zeros(max(lengths), *plain.shape[1:])
+    padded[: len(plain)] = plain
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).to(rows.dtype)
+
+
+def share_of_mean(mean: Tensor, count: Tensor | int) -> Tensor:
+    """From the mean over this rank's `count` things, its part in the mean over all ranks' things, times the ranks.
+
+    The average of these over the ranks is the mean over all things, so that averaged gradients are those of one process
+    with the whole batch. With nothing anywhere it is 0, like the means.
+    """
+    if world_size() == 1:
+        return mean
+    own = torch.as_tensor(count, dtype=torch.float32, device=mean.device)
+    return mean * (own * world_size() / sum_over_ranks(own).clamp(min=1))
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

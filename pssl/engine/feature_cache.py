@@ -115,9 +115,9 @@ def _compute(
         array.flush()
 
 
-def resized(images: Tensor, scale: float) -> Tensor:  # [B,3,S,S]
-    """Images resized bilinearly to side round(S * scale)."""
+def resized(images: Tensor, scale: float) -> Tensor:  # [B,3,H,W]
+    """Images resized bilinearly to sides round(H * scale), round(W * scale)."""
     if scale == 1:
         return images
-    side = max(round(images.shape[-1] * scale), 1)
-    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+    sides = [max(round(side * scale), 1) for side in images.shape[2:]]
+    return F.interpolate(images, size=sides, mode="bilinear", align_corners=False)

@@ -49,7 +49,7 @@ def final_prototypes(
     total = torch.zeros(net.classes + 1, net.dim, dtype=torch.float64, device=device)
     count = torch.zeros(net.classes + 1, dtype=torch.float64, device=device)
     net.eval()
-    for batch in _batches(share(range(len(inputs.ids))), inference.batch_size):
+    for batch in _batches(share(range(len(inputs.ids))), inference.batch_size, inputs):
         seen = {scale: net(inputs.plain(batch, scale, False)) for scale in sorted({1.0, *scales})}
         labels = inputs.labels[batch].to(device)
         regions = rcm.regions([seen[scale] for scale in scales], labels)
@@ -77,7 +77,7 @@ def read_images(
     Maps are rounded to float16, which is also what is written to disk.
     """
     net.eval()
-    for batch in _batches(indices, config.batch_size):
+    for batch in _batches(indices, config.batch_size, inputs):
         labels = inputs.labels[batch] > 0
         with torch.no_grad():
             grids = [
@@ -132,7 +132,7 @@ def _normalised(cams: Tensor) -> Tensor:  # [k,H,W]
     return cams / (cams.amax((1, 2), keepdim=True) + EPS) if len(cams) else cams
 
 
-def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    indices = list(indices)
+def _batches(indices: Sequence[int], size: int, inputs: Inputs) -> Iterator[list[int]]:
+    indices, size = list(indices), size if inputs.one_size else 1
     for begin in range(0, len(indices), size):
         yield indices[begin : begin + size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pssl.data.open import DataFolder
-from pssl.data.transforms import random_flip, random_resized_crop, to_float
+from pssl.data.transforms import random_colours, random_flip, random_resized_crop, to_float
 from pssl.engine.feature_cache import ActivationSet, resized
 
 
@@ -20,6 +21,10 @@ class Inputs(Protocol):
 
     ids: Sequence[str]
     labels: Tensor
+    ahead: bool
+    """Whether to prepare a step while the one before is computed, in another thread."""
+    one_size: bool
+    """Whether all images have one size, so that several can be read at a time."""
 
     def training(
         self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
@@ -51,9 +56,23 @@ class ImageInputs:
         normalise: the backbone's.
         zoom: range of the random resizing before the random crop (`random_resized_crop`).
         device: where inputs go.
+        colours: largest random changes of colours (`random_colours`), empty for none.
+        memory_format: of the batches.
     """
 
-    def __init__(self, ids, images: Tensor, labels: Tensor, normalise, zoom, device) -> None:
+    ahead, one_size = False, True
+
+    def __init__(
+        self,
+        ids,
+        images: Tensor,
+        labels: Tensor,
+        normalise,
+        zoom,
+        device,
+        colours: Sequence[float] = (),
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
         self.ids = ids
         self.images = images
         self.labels = labels
@@ -61,29 +80,107 @@ class ImageInputs:
         self.zoom = zoom
         self.size = images.shape[-1]
         self.device = device
+        self.colours = colours
+        self.memory_format = memory_format
 
     def training(
         self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
     ) -> dict[float, Tensor]:
         changed = []
         for index, own in zip(indices, generators, strict=True):
-            image = random_resized_crop(self.images[index], self.size, own, scale=self.zoom)
-            changed.append(random_flip(image, own))
-        batch = self._channels_last(torch.stack(changed))
+            changed.append(random_view(self.images[index], self.size, own, self.zoom, self.colours))
+        batch = self._batch(torch.stack(changed))
         return {scale: resized(batch, scale) for scale in scales}
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
-        batch = resized(self._channels_last(to_float(self.images[list(indices)])), scale)
+        batch = resized(self._batch(to_float(self.images[list(indices)])), scale)
         return batch.flip(3) if flip else batch
 
-    def _channels_last(self, images: Tensor) -> Tensor:  # [B,3,S,S] in 0..1
-        """Normalised images in the memory order in which convolutions are quickest."""
-        images = images.to(self.device, memory_format=torch.channels_last)
-        return self.normalise(images)
+    def _batch(self, images: Tensor) -> Tensor:  # [B,3,S,S] in 0..1
+        """Normalised images on the device, in the memory order asked for."""
+        return self.normalise(images.to(self.device, memory_format=self.memory_format))
+
+
+def random_view(
+    image: Tensor,  # [3,H,W]
+    size: int,
+    own: torch.Generator,
+    zoom: Sequence[float],
+    colours: Sequence[float],
+) -> Tensor:
+    """An image as training shows it, [3,size,size] in 0..1: resized, cut, mirrored, its colours changed at random."""
+    view = random_flip(random_resized_crop(image, size, own, scale=tuple(zoom)), own)
+    return random_colours(view, own, colours) if colours else view
+
+
+class FileInputs:
+    """Inputs read from files when they are needed, in their own proportions (`data.loading: files`).
+
+    Args:
+        folder: where images are.
+        ids: image ids.
+        labels: float32 [N,K].
+        normalise: the backbone's.
+        size: side of the training crop.
+        zoom, colours, memory_format: as for `ImageInputs`.
+        device: where inputs go.
+        workers: threads that decode.
+    """
+
+    ahead, one_size = True, False
+
+    def __init__(
+        self,
+        folder: DataFolder,
+        ids: Sequence[str],
+        labels: Tensor,
+        normalise,
+        size: int,
+        zoom: Sequence[float],
+        device,
+        *,
+        colours: Sequence[float] = (),
+        memory_format: torch.memory_format = torch.channels_last,
+        workers: int = 4,
+    ) -> None:
+        self.folder = folder
+        self.ids = ids
+        self.labels = labels
+        self.normalise = normalise
+        self.size = size
+        self.zoom = zoom
+        self.device = device
+        self.colours = colours
+        self.memory_format = memory_format
+        self.workers = max(workers, 1)
+
+    def _read(self, index: int) -> Tensor:
+        return torch.from_numpy(self.folder.image(self.ids[index])).permute(2, 0, 1)
+
+    def training(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
+    ) -> dict[float, Tensor]:
+        def view(index: int, own: torch.Generator) -> Tensor:
+            return random_view(self._read(index), self.size, own, self.zoom, self.colours)
+
+        with ThreadPoolExecutor(self.workers) as threads:
+            views = list(threads.map(view, indices, generators))
+        batch = self.normalise(torch.stack(views).to(self.device, memory_format=self.memory_format))
+        return {scale: resized(batch, scale) for scale in scales}
+
+    def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
+        """One image at its own size times `scale`, [1,3,h,w]; ValueError for several, whose sizes differ."""
+        if len(indices) != 1:
+            raise ValueError(f"FileInputs.plain: expected one image at a time, got {len(indices)}")
+        image = to_float(self._read(indices[0]))[None].to(self.device, memory_format=self.memory_format)
+        image = resized(self.normalise(image), scale)
+        return image.flip(3) if flip else image
 
 
 class ActivationInputs:
     """Inputs of a frozen backbone's head: cached activations, of the mirrored image half the time in training."""
+
+    ahead, one_size = False, True
 
     def __init__(self, ids, activations: ActivationSet, labels: Tensor, device) -> None:
         self.ids = ids

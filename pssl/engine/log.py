@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pssl.engine.checkpoint import write_atomically
 from pssl.engine.distributed import is_first
 
 LOSS_COLUMNS = ("stage", "epoch", "step", "lr", "classification", "rcm", "mam", "seam", "ppc", "total")
@@ -23,6 +25,7 @@ class Log:
         if console is None and not self.console.is_terminal:
             self.console = Console(quiet=not is_first(), width=110)
         self.losses: list[dict] = []
+        self._writer = None
 
     def say(self, text: str) -> None:
         """One line."""
@@ -41,16 +44,35 @@ class Log:
         with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
             yield Bar(progress, progress.add_task(f"{title:<24}", total=total, note=""))
 
-    def take_losses(self, stage: str, values: dict[str, float]) -> None:
-        """Remember one step's losses for :meth:`write_losses`."""
-        self.losses.append({"stage": stage, **values})
+    def open_tensorboard(self, folder: Path) -> None:
+        """Have :meth:`plot` write for TensorBoard too. ImportError, with what to install, without the extra."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                f"engine.tensorboard: tensorboard cannot be imported ({error}); `pip install pssl[tensorboard]`"
+            ) from error
+        self._writer = SummaryWriter(folder)
+
+    def plot(self, stage: str, values: dict[str, float]) -> None:
+        """One step's losses for TensorBoard, if it is open."""
+        if self._writer is not None:
+            for name in values.keys() - {"epoch", "step"}:
+                self._writer.add_scalar(f"{name}/{stage}", values[name], int(values["step"]))
+
+    def take_losses(self, stage: str, history: list[dict[str, float]]) -> None:
+        """Remember a stage's losses, one entry a step, for :meth:`write_losses`."""
+        self.losses += [{"stage": stage, **values} for values in history]
+        if self._writer is not None:
+            self._writer.flush()
 
     def write_losses(self, path: Path) -> None:
-        """Write all steps' losses, one row a step."""
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, LOSS_COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.losses)
+        """Write all steps' losses so far, one row a step."""
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, LOSS_COLUMNS)
+        writer.writeheader()
+        writer.writerows(self.losses)
+        write_atomically(path, lambda partial: partial.write_bytes(stream.getvalue().encode()))
 
 
 class Bar:

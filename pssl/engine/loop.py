@@ -1,248 +1,171 @@
-"""The optimiser loop: one stage of training, resumable after any epoch."""
+"""The optimiser loop: one stage of training, resumable after any step.
+
+Whatever is random in a step (which images, how they are changed, what dropout drops) depends on the seed, the stage's
+draws and the number of the step alone. So a run that was interrupted needs no generator's state to carry on as if it
+never had been: weights, optimiser, SupportNet, prototype memory and the number of the step are all there is.
+"""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pssl.config import OptimizerConfig, ScheduleConfig
 from pssl.engine import checkpoint
-from pssl.engine.distributed import is_first, rank, share, synchronise, wait, world_size
-from pssl.engine.inputs import Inputs
+from pssl.engine.distributed import average_, is_first, part, rank, share, synchronise, wait, world_size
+from pssl.engine.optimizer import build_optimizer, lr_share, pass_precision
 from pssl.engine.seeding import derive_seed, generator
-from pssl.method.losses import Objective
-from pssl.method.support import SupportNet
-from pssl.models.cam_net import CamNet
+from pssl.engine.training import Draw, Stage, Training
+
+__all__ = ["Draw", "Stage", "Training", "build_optimizer", "epoch_batches", "lr_share", "run_stage"]
 
 OnStep = Callable[[dict[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """This rank's share of one step: indices into the split, and a generator for each."""
-
-    epoch: int
-    step: int
-    indices: list[int]
-    generators: Sequence[torch.Generator]
-
-
-class Training(ABC):
-    """What :func:`run_stage` needs to know of a training: what is trained, on what, for how long.
-
-    `name` goes into files and messages; `draws` names the random order, flips and crops, so that trainings that are to
-    be compared can share them.
-    """
-
-    name: str
-    draws: str
-    net: nn.Module
-    epochs: int
-    lr: float
-    schedule: OptimizerConfig
-    seed: int
-    state_path: Path | None
-    """Training state is kept here after every epoch; None keeps none."""
-    seconds: float
-    """Time spent training, resumed time included."""
-    heads: tuple[str, ...] = ("classifier.", "pixel_correlation.")
-    """Names of the parameters that learn at the head's rate start with one of these."""
-
-    @property
-    @abstractmethod
-    def images(self) -> int:
-        """Images of the split."""
-
-    @abstractmethod
-    def feed(self, draws: Iterator[Draw]) -> Iterator[Any]:
-        """What :meth:`losses` takes, for each of the steps, in order; may read ahead."""
-
-    @abstractmethod
-    def losses(self, fed: Any) -> dict[str, Tensor]:
-        """The losses of a step by name; "total" is the one to minimise."""
-
-    def before_epoch(self, epoch: int) -> None:  # noqa: B027
-        """Called before the first step of each epoch."""
-
-    def after_step(self) -> None:  # noqa: B027 (most trainings have nothing to do)
-        """Called after each step of the optimiser."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """What the training state holds beside the optimiser's."""
-
-    @abstractmethod
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Full batches in the split; a split smaller than a batch is one step."""
-        return max(self.images // self.schedule.batch_size, 1)
-
-    @property
-    def steps(self) -> int:
-        """Steps in all."""
-        return self.steps_per_epoch * self.epochs
-
-
-@dataclass
-class Stage(Training):
-    """Training of a CAM network: stage 1, or an arm with SupportNet."""
-
-    name: str
-    draws: str
-    net: CamNet
-    support: SupportNet | None
-    objective: Objective
-    inputs: Inputs
-    epochs: int
-    lr: float
-    schedule: ScheduleConfig
-    seed: int
-    state_path: Path | None = None
-    refresh: Callable[[Stage], None] | None = None
-    """Called before the first step of every `refresh_epochs`-th epoch but the first."""
-    refresh_epochs: int = 0
-    seconds: float = field(default=0.0, init=False)
-
-    @property
-    def images(self) -> int:
-        return len(self.inputs.ids)
-
-    def feed(self, draws: Iterator[Draw]) -> Iterator[tuple[dict[float, Tensor], Tensor]]:
-        device = next(self.net.parameters()).device
-        for draw in draws:
-            inputs = self.inputs.training(draw.indices, draw.generators, self.objective.scales)
-            yield inputs, self.inputs.labels[draw.indices].to(device)
-
-    def losses(self, fed: tuple[dict[float, Tensor], Tensor]) -> dict[str, Tensor]:
-        return self.objective(self.net, self.support, *fed)
-
-    def before_epoch(self, epoch: int) -> None:
-        if self.refresh is not None and epoch and epoch % self.refresh_epochs == 0:
-            self.refresh(self)
-
-    def after_step(self) -> None:
-        if self.support is not None:
-            self.support.update(self.net)
-
-    def state(self) -> dict[str, Any]:
-        state = {"net": self.net.trained_state(), "objective": self.objective.state_dict()}
-        if self.support is not None and self.support.mode != "shared":
-            state["support"] = self.support.net.trained_state()
-        return state
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.net.load_trained_state(state["net"])
-        self.objective.load_state_dict(state["objective"])
-        if "support" in state:
-            self.support.net.load_trained_state(state["support"])
-
-
-def build_optimizer(
-    net: nn.Module, lr: float, schedule: OptimizerConfig, heads: tuple[str, ...] = Training.heads
-) -> torch.optim.AdamW:
-    """AdamW with a higher rate for the head and weight decay on matrices and kernels only.
-
-    Each group keeps its peak rate in "peak_lr"; the schedule scales that.
-    """
-    groups = []
-    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    for is_head in (False, True):
-        for decays in (False, True):
-            parameters = [
-                p for name, p in trained if name.startswith(heads) == is_head and (p.ndim > 1) == decays
-            ]
-            if parameters:
-                peak = lr * (schedule.head_lr_factor if is_head else 1.0)
-                decay = schedule.weight_decay if decays else 0.0
-                groups.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay})
-    return torch.optim.AdamW(groups)
-
-
-def lr_share(step: int, steps: int, schedule: OptimizerConfig) -> float:
-    """The learning rate at `step`, as a share of its peak: linear warmup, times (1 - step/steps)^power."""
-    warm = schedule.warmup * steps
-    rise = min((step + 1) / warm, 1.0) if warm > 0 else 1.0
-    return rise * (1 - step / steps) ** schedule.poly_power
+OnEpoch = Callable[[int], None]
 
 
 def epoch_batches(stage: Training, epoch: int) -> list[list[int]]:
     """The global batches of an epoch, as indices into the split; depends on seed, draws and epoch alone."""
     count, size = stage.images, min(stage.schedule.batch_size, stage.images)
-    if size % world_size():
-        raise ValueError(f"schedule.batch_size: expected a multiple of {world_size()} ranks, got {size}")
     order = torch.randperm(count, generator=generator(stage.seed, stage.draws, "order", epoch)).tolist()
-    return [order[i * size : (i + 1) * size] for i in range(stage.steps_per_epoch)]
+    batches = [order[i * size : (i + 1) * size] for i in range(stage.steps_per_epoch)]
+    if len(batches[-1]) < stage.engine.accumulate * world_size():
+        raise ValueError(
+            f"schedule.batch_size: expected at least one image for each of {world_size()} ranks and "
+            f"{stage.engine.accumulate} parts, got a batch of {len(batches[-1])}"
+        )
+    return batches
 
 
-def _own_draws(stage: Training, epoch: int) -> Iterator[Draw]:
-    """This rank's share of each step of an epoch."""
-    for number, batch in enumerate(epoch_batches(stage, epoch)):
-        step = epoch * stage.steps_per_epoch + number
-        draws = [generator(stage.seed, stage.draws, "change", step, i) for i in range(len(batch))]
-        yield Draw(epoch, step, list(share(batch)), share(draws))
+def _own_draws(stage: Training, first: int) -> Iterator[Draw]:
+    """This rank's share of every step from `first` on, in `engine.accumulate` parts each."""
+    for epoch in range(first // stage.steps_per_epoch, stage.epochs):
+        for number, batch in enumerate(epoch_batches(stage, epoch)):
+            step = epoch * stage.steps_per_epoch + number
+            if step < first:
+                continue
+            own = share(batch)
+            draws = share([generator(stage.seed, stage.draws, "change", step, i) for i in range(len(batch))])
+            for index in range(stage.engine.accumulate):
+                within = slice(*part(len(own), stage.engine.accumulate, index))
+                weight = _images_of_part(len(batch), stage.engine.accumulate, index) / len(batch)
+                yield Draw(epoch, step, list(own[within]), draws[within], weight)
 
 
-def run_stage(stage: Training, *, resume: bool = False, on_step: OnStep | None = None) -> None:
+def _images_of_part(batch: int, parts: int, index: int) -> int:
+    """Images that all ranks together pass in part `index` of a batch."""
+    ranks = world_size()
+    sizes = [end - begin for begin, end in (part(batch, ranks, r) for r in range(ranks))]
+    return sum(end - begin for begin, end in (part(size, parts, index) for size in sizes))
+
+
+def run_stage(
+    stage: Training, *, resume: bool = False, on_step: OnStep | None = None, on_epoch: OnEpoch | None = None
+) -> None:
     """Train `stage.net` in place (and what goes along with it, SupportNet and prototype memory for one).
 
-    With `resume`, epochs that `stage.state_path` already holds are not repeated.
+    With `resume`, steps that `stage.state_path` already holds are not repeated. `on_step` is told of every step's
+    losses, `on_epoch` of every epoch's end, before the state is kept.
     """
+    stage.history, stage.best = [], {}
+    device = next(stage.net.parameters()).device
     optimizer = build_optimizer(stage.net, stage.lr, stage.schedule, stage.heads)
-    first = _restore(stage, optimizer) if resume else 0
-    for epoch in range(first, stage.epochs):
+    precision = pass_precision(stage.engine, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    if stage.engine.compile is not None:
+        stage.compile(stage.engine.compile)
+    first = _restore(stage, optimizer, scaler) if resume else 0
+    draws, fed = _own_draws(stage, first), stage.feed(_own_draws(stage, first))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         begin = time.perf_counter()
-        stage.before_epoch(epoch)
-        stage.net.train()
-        for number, fed in enumerate(stage.feed(_own_draws(stage, epoch))):
-            step = epoch * stage.steps_per_epoch + number
+        for step in range(first, stage.steps):
+            if step % stage.steps_per_epoch == 0:
+                stage.before_epoch(step // stage.steps_per_epoch)
+            stage.net.train()
             factor = lr_share(step, stage.steps, stage.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
+            torch.manual_seed(derive_seed(stage.seed, stage.draws, "dropout", step, rank()))
             optimizer.zero_grad(set_to_none=True)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(stage.seed, stage.draws, "dropout", step, rank()))
-                losses = stage.losses(fed)
-            losses["total"].backward()
+            parts = [(next(draws).weight, next(fed)) for _ in range(stage.engine.accumulate)]
+            losses = _backward(stage, parts, precision, scaler, device)
             synchronise(stage.net)
-            optimizer.step()
+            if stage.engine.clip_norm is not None:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(stage.net.parameters(), stage.engine.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
             stage.after_step()
-            values = {name: float(loss.detach()) for name, loss in losses.items()}
-            if not all(torch.isfinite(torch.tensor(list(values.values())))):
-                raise FloatingPointError(
-                    f"stage {stage.name}, step {step}: losses must be finite, got {values}"
-                )
+            values = _values(stage, step, losses)
+            epoch = step // stage.steps_per_epoch
+            stage.history.append({"epoch": epoch, "step": step, "lr": stage.lr * factor, **values})
             if on_step is not None:
-                on_step({"epoch": epoch, "step": step, "lr": stage.lr * factor, **values})
-        stage.seconds += time.perf_counter() - begin
-        _keep(stage, optimizer, epoch + 1)
+                on_step(stage.history[-1])
+            ends = (step + 1) % stage.steps_per_epoch == 0
+            if ends and on_epoch is not None:
+                on_epoch(epoch)
+            if ends or (stage.engine.save_every and (step + 1) % stage.engine.save_every == 0):
+                now = time.perf_counter()
+                stage.seconds, begin = stage.seconds + now - begin, now
+                _keep(stage, optimizer, scaler, step + 1)
 
 
-def _keep(stage: Training, optimizer: torch.optim.Optimizer, epochs_done: int) -> None:
+def _backward(
+    stage: Training,
+    parts: list[tuple[float, Any]],  # each with its share of the step's images
+    precision: torch.dtype,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Gradients of a step, part by part; its losses, detached."""
+    sums: dict[str, Tensor] = {}
+    for weight, fed in parts:
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            losses = stage.losses(fed)
+        scaler.scale(losses["total"] * weight).backward()
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.detach() * weight
+    return sums
+
+
+def _values(stage: Training, step: int, losses: dict[str, Tensor]) -> dict[str, float]:
+    """The losses of the whole batch as numbers; FloatingPointError unless all are finite."""
+    stacked = torch.stack([loss.float() for loss in losses.values()])
+    average_([stacked])
+    values = dict(zip(losses, stacked.tolist(), strict=True))
+    if not bool(stacked.isfinite().all()):
+        raise FloatingPointError(f"stage {stage.name}, step {step}: losses must be finite, got {values}")
+    return values
+
+
+def _keep(
+    stage: Training, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, steps_done: int
+) -> None:
     """Write the training state; only the first rank does."""
     if stage.state_path is None:
         return
     if is_first():
-        own = {"epochs_done": epochs_done, "seconds": stage.seconds, "optimizer": optimizer.state_dict()}
+        own = {
+            "steps_done": steps_done,
+            "seconds": stage.seconds,
+            "history": stage.history,
+            "best": stage.best,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
         checkpoint.save_state(stage.state_path, {**own, **stage.state()})
     wait()
 
 
-def _restore(stage: Training, optimizer: torch.optim.Optimizer) -> int:
-    """Read the training state where there is one; the number of epochs that it has done."""
+def _restore(stage: Training, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+    """Read the training state where there is one; the number of steps that it has done."""
     if stage.state_path is None or not stage.state_path.is_file():
         return 0
     state = checkpoint.load_state(stage.state_path)
     stage.load_state(state)
     optimizer.load_state_dict(state["optimizer"])
-    stage.seconds = state["seconds"]
-    return state["epochs_done"]
+    scaler.load_state_dict(state["scaler"])
+    stage.seconds, stage.history, stage.best = state["seconds"], state["history"], state["best"]
+    return state["steps_done"]

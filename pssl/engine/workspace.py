@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from pssl.cli import from_dict, to_dict
-from pssl.config import BackboneConfig, DataConfig, ModelConfig
+from pssl.config import BackboneConfig, DataConfig, EngineConfig, ModelConfig
 from pssl.data.cache import cache_dir
 from pssl.data.check import check_images, check_labels
 from pssl.data.open import DataFolder, open_folder
@@ -20,7 +20,7 @@ from pssl.data.voc import VOCFolder
 from pssl.engine import checkpoint
 from pssl.engine.distributed import is_first, wait
 from pssl.engine.feature_cache import cached_activations
-from pssl.engine.inputs import ActivationInputs, ImageInputs, Inputs, load_square_images
+from pssl.engine.inputs import ActivationInputs, FileInputs, ImageInputs, Inputs, load_square_images
 from pssl.engine.log import Log
 from pssl.engine.seeding import derive_seed
 from pssl.method.readout import Prototypes
@@ -35,6 +35,11 @@ def resolve_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def memory_format(engine: EngineConfig) -> torch.memory_format:
+    """The memory order of images and convolutions."""
+    return torch.channels_last if engine.channels_last else torch.contiguous_format
 
 
 def open_data(config: DataConfig) -> DataFolder:
@@ -112,7 +117,13 @@ def net_of(config: ModelConfig, classes: int) -> CamNet:
     )
 
 
-def new_net(config: ModelConfig, classes: int, seed: int, say: Callable[[str], None] | None = None) -> CamNet:
+def new_net(
+    config: ModelConfig,
+    classes: int,
+    seed: int,
+    say: Callable[[str], None] | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> CamNet:
     """A network as training starts from: backbone weights loaded, the rest random by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights"))
@@ -127,7 +138,7 @@ def new_net(config: ModelConfig, classes: int, seed: int, say: Callable[[str], N
         raise ValueError(
             f"model.{what}: expected a backbone with weights, got random ones; give --model.weights"
         )
-    return net.to(memory_format=torch.channels_last)
+    return net.to(memory_format=memory_format)
 
 
 def new_pixel_correlation(net: CamNet, seed: int) -> None:
@@ -145,13 +156,24 @@ def build_inputs(
     model: ModelConfig,
     scales: Sequence[float],
     log: Log,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> Inputs:
     """Inputs of these images for `net`: activations (computed or found in the cache) if its backbone is frozen."""
-    images = load_square_images(folder, ids, data.size)
     labels = torch.from_numpy(folder.image_labels(ids)).float()
     device = next(net.parameters()).device
+    normalise, more = net.backbone.normalise, {"colours": data.colour_jitter, "memory_format": memory_format}
+    if data.loading == "files":
+        if net.frozen:
+            raise ValueError(
+                "data.loading: expected 'memory' with model.frozen, whose activations are cached for squares, "
+                "got 'files'"
+            )
+        return FileInputs(
+            folder, ids, labels, normalise, data.size, data.zoom, device, workers=data.workers, **more
+        )
+    images = load_square_images(folder, ids, data.size)
     if not net.frozen:
-        return ImageInputs(ids, images, labels, net.backbone.normalise, data.zoom, device)
+        return ImageInputs(ids, images, labels, normalise, data.zoom, device, **more)
     backbone = net.backbone.folded().to(memory_format=torch.channels_last)
     made_from = {"backbone": model.backbone, "weights": file_digest(weights_path(model))}
     with log.progress("backbone activations", len(ids)) as bar:
@@ -186,6 +208,8 @@ class TrainedNet:
     model: ModelConfig
     classes: tuple[str, ...]
     size: int
+    loading: Literal["memory", "files"]
+    """How training read its images (`DataConfig.loading`)."""
     description: dict
 
 
@@ -241,5 +265,6 @@ def load_net(path: Path, device: torch.device | str = "cpu") -> TrainedNet:
         model,
         tuple(description["classes"]),
         description["size"],
+        description.get("loading", "memory"),
         description,
     )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pssl.config import MethodConfig
+from pssl.engine.distributed import share_of_mean
 from pssl.method.mam import mam_loss
 from pssl.method.ppc import ppc_loss
 from pssl.method.rcm import RCM
@@ -23,7 +25,8 @@ TERMS = ("classification", "rcm", "mam", "seam", "ppc")
 
 
 def classification_loss(logits: Tensor, image_labels: Tensor) -> Tensor:  # [B,K], [B,K]
-    """Multi-label soft-margin loss, a scalar (paper; PSA, SEAM and IRN alike)."""
+    """Multi-label soft-margin loss, a scalar of at least float32 (paper; PSA, SEAM and IRN alike)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.multilabel_soft_margin_loss(logits, image_labels.to(logits.dtype))
 
 
@@ -93,7 +96,7 @@ class Objective(nn.Module):
         inputs: dict[float, Tensor],  # scale -> images or activations, [B,*,*,*]
         image_labels: Tensor,  # [B,K]
     ) -> dict[str, Tensor]:
-        """The losses by name; "total" is their weighted sum."""
+        """The losses by name; "total" is their weighted sum. Their averages over ranks are those of the whole batch."""
         see, aim = main, support
         if main.frozen and support is not None:
             # what lies before the heads has no gradient and is the same for both: taken once
@@ -102,6 +105,8 @@ class Objective(nn.Module):
         seen = {scale: see(inputs[scale]) for scale in self.main_scales}
         target = {scale: aim(inputs[scale]) for scale in self.support_scales}
         losses = self.terms(seen, target, image_labels)
+        for name in losses.keys() - {"rcm"}:  # means over images; RCM's is one over pixels, and weighs itself
+            losses[name] = share_of_mean(losses[name], len(image_labels))
         losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
         return losses
 

@@ -73,11 +73,14 @@ def walk_step(
 ) -> Tensor:
     """Scores [1+k,H,W] after a random walk on the grid of `features`, background and all (AffinityNet).
 
-    They go to the grid as means over its cells, and come back bilinearly.
+    They go to the grid as means over its cells, come back bilinearly, and are brought back to the maximum that each had
+    (IRN), since a walk flattens what it spreads: a threshold means the same before and after.
     """
     small = F.adaptive_avg_pool2d(scores[None], features.shape[1:])[0]
     walked = random_walk(small, features=features, radius=radius, beta=beta, log2_steps=log2_steps)
-    return F.interpolate(walked[None], size=scores.shape[1:], mode="bilinear", align_corners=False)[0]
+    walked = F.interpolate(walked[None], size=scores.shape[1:], mode="bilinear", align_corners=False)[0]
+    highest = walked.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    return walked * (scores.amax((1, 2), keepdim=True) / highest)
 
 
 def best_regions(scores: Tensor, regions: list[int], unsure: float | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pssl.config import RCMConfig
-from pssl.engine.distributed import gather_rows
+from pssl.engine.distributed import gather_rows, share_of_mean, world_size
 from pssl.method.readout import Prototypes, readout_regions
 from pssl.models.cam_net import CamOutput
 from pssl_ext import cam_regions, prototype_contrast, prototype_pool
@@ -159,6 +159,14 @@ class RCM(nn.Module):
         everyone, everyone_present = gather_rows(own), gather_rows(present)
         prototypes, valid = leave_one_out(own, present, everyone, everyone_present, *self.memory.mean())
         self.memory.push(everyone, everyone_present)
-        return prototype_contrast(
+        loss = prototype_contrast(
             main_features, prototypes, regions, temperature=self.config.temperature, valid=valid
         )
+        return share_of_mean(loss, counted(regions, valid)) if world_size() > 1 else loss
+
+
+def counted(regions: Tensor, valid: Tensor) -> Tensor:  # [B,H,W], bool [B,C]
+    """How many pixels the contrast counts: those of a region that has a prototype."""
+    present = valid.new_zeros(len(valid), 256)
+    present[:, : valid.shape[1]] = valid
+    return present.gather(1, regions.flatten(1).long()).sum()

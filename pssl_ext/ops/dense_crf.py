@@ -167,7 +167,8 @@ def dense_crf(
     Raises:
         ValueError, TypeError: for shapes, types, standard deviations that are not above 0, fewer than 0 iterations;
             where the reference runs, for images of more than 9216 pixels (96×96); in the kernels, for standard
-            deviations so small that the image spans 2^62 lattice points.
+            deviations so small that the image spans 2^62 lattice points, and on CUDA for images of more than 2^31 / 6
+            pixels.
     """
     checks.require_tensor(OP, "images", images)
     checks.require(images.dtype == torch.uint8, OP, "images", "uint8", images.dtype)

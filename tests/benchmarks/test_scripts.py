@@ -70,6 +70,14 @@ def test_a_wrong_peer_would_be_noticed():
     assert measure.disagreement(made, other, own, "changed", "ours")
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_the_dense_walk_is_estimated_from_one_squaring():
+    made = bench_refinement.walk_problem(OPTIONS, 12, 8, 2, dense=False)
+    found = {r.provider: r for r in measure.measure(made, 0.0, 1e9, CACHE)}
+    assert next(iter(found)) == "dense" and "one squaring of it, taken 8 times" in found["dense"].estimate
+    assert found["dense"].p50 > 0 and found["dense"].ratio == found["dense"].p50 / found[made.ours].p50
+
+
 SCRIPTS = {
     "rcm": (bench_rcm, {}),
     "cam_ops": (bench_cam_ops, {}),

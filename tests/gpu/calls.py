@@ -1,4 +1,5 @@
-"""A call of an operator, forward and backward, whose tensors stay where they are: for streams and for CUDA graphs."""
+"""Which kernels there are for the GPU; and a call of an operator, forward and backward, whose tensors stay where they
+are: for streams and for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,15 +10,26 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
+from pssl_ext import backends
 from pssl_ext.registry import OPS
 from pssl_ext.testing import leaves
+
+
+def kernels() -> list[tuple[str, str]]:
+    """Each operator with each backend of compiled kernels; native ones there have to be."""
+    return [
+        (op, backend)
+        for op in OPS
+        for backend in ("native", "triton")
+        if backend == "native" or backends.why_not(op, backend, "cuda") is None
+    ]
 
 
 class Call:
     """The arguments as copies of its own, and the gradients of the outputs, all made before anything runs."""
 
-    def __init__(self, op: str, args: dict[str, Any]) -> None:
-        self.spec = OPS[op]
+    def __init__(self, op: str, args: dict[str, Any], backend: str = "native") -> None:
+        self.spec, self.backend = OPS[op], backend
         self.args = tree_map_only(Tensor, lambda t: t.detach().clone(), args)
         self.wanted = list(leaves(self.spec, self.args).values())
         for tensor in self.wanted:
@@ -37,7 +49,7 @@ class Call:
         return [o.detach() for o in outputs] + [g for g in grads if g is not None]
 
     def _forward(self) -> list[Tensor]:
-        return tree_flatten(self.spec.function(**self.args, backend="native"))[0]
+        return tree_flatten(self.spec.function(**self.args, backend=self.backend))[0]
 
 
 def put(tensors: list[Tensor], values: list[Tensor]) -> None:

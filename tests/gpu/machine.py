@@ -44,13 +44,18 @@ def missing() -> list[str]:
     return found
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
     if problems := missing():
-        sys.exit("test-gpu: this machine lacks " + "; ".join(problems))
+        print("test-gpu: this machine lacks " + "; ".join(problems), file=sys.stderr)
+        return 1
     gpu = torch.cuda.get_device_properties(0)
-    if sys.argv[1:] == ["--capability"]:
+    if arguments == ["--capability"]:
         print(f"{gpu.major}.{gpu.minor}")
-        sys.exit()
-    print(
-        f"test-gpu: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, torch {torch.__version__}, {find_sanitizer()}"
-    )
+    else:
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        print(f"test-gpu: {gpu.name}, {memory}, torch {torch.__version__}, {find_sanitizer()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

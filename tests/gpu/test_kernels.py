@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import kernels
 from gpu_for_cpu import on_device
 from problems import real_size
 
@@ -17,25 +18,26 @@ from pssl_ext.testing import Case, assert_same_bits, check, run, samples
 
 HERE = Path(__file__).resolve().parent
 gpu = pytest.mark.gpu
+every_kernel = pytest.mark.parametrize("op, backend", kernels())
 
 #: beside tests/ops/test_op_*, which have cases on every device themselves
 FOR_CPU = ["test_oracle_cams", "test_oracle_prototypes", "test_oracle_refinement", "test_dense_crf"]
 
 
 @gpu
-@pytest.mark.parametrize("op", OPS)
-def test_the_same_bits_every_time(op):
+@every_kernel
+def test_the_same_bits_every_time(op, backend):
     args = real_size(op)
-    first = run(OPS[op], args, "native")
+    first = run(OPS[op], args, backend)
     for _ in range(4):
-        assert_same_bits(run(OPS[op], args, "native"), first, op)
+        assert_same_bits(run(OPS[op], args, backend), first, op)
 
 
 @gpu
-@pytest.mark.parametrize("op", OPS)
-def test_the_values_of_the_processor(op):
-    """Two implementations that share their arithmetic alone, at a size where the reference takes too long."""
-    got = run(OPS[op], real_size(op), "native").named()
+@every_kernel
+def test_the_values_of_the_processor(op, backend):
+    """Two implementations that share their arithmetic at most, at a size where the reference takes too long."""
+    got = run(OPS[op], real_size(op), backend).named()
     expected = run(OPS[op], real_size(op, "cpu"), "native").named()
     for name, tensor in expected.items():
         other = got[name].cpu()
@@ -47,11 +49,12 @@ def test_the_values_of_the_processor(op):
 
 
 @gpu
-@pytest.mark.parametrize("op", OPS)
-def test_inductor(op):
+@every_kernel
+def test_inductor(op, backend):
     torch._dynamo.reset()
     first = samples(op, "cpu", torch.float32, "contiguous")[0].id
-    check(Case(op, first, device="cuda"), function=torch.compile(OPS[op].function, fullgraph=True))
+    compiled = torch.compile(OPS[op].function, fullgraph=True)
+    check(Case(op, first, backend, "cuda"), function=compiled)
 
 
 @gpu

@@ -2,28 +2,28 @@
 
 import pytest
 import torch
-from calls import Call, assert_equal, put
+from calls import Call, assert_equal, kernels, put
 
-from pssl_ext.registry import OPS
 from pssl_ext.testing import samples
 
-CASES = [(op, s.id) for op in OPS for s in samples(op, "cpu", torch.float32, "contiguous")]
-every_case = pytest.mark.parametrize("op, sample_id", CASES, ids=[f"{op}-{name}" for op, name in CASES])
+CASES = [
+    (op, s.id, backend) for op, backend in kernels() for s in samples(op, "cpu", torch.float32, "contiguous")
+]
+every_case = pytest.mark.parametrize("op, sample_id, backend", CASES, ids=["-".join(c) for c in CASES])
 pytestmark = pytest.mark.gpu
 
 LATE = 20_000_000  # clock cycles: some 10 ms
 
 
-def call_of(op, sample_id):
-    return Call(
-        op, next(s for s in samples(op, "cuda", torch.float32, "contiguous") if s.id == sample_id).args
-    )
+def call_of(op, sample_id, backend):
+    sample = next(s for s in samples(op, "cuda", torch.float32, "contiguous") if s.id == sample_id)
+    return Call(op, sample.args, backend)
 
 
 @every_case
-def test_another_stream(op, sample_id):
+def test_another_stream(op, sample_id, backend):
     """What a call reads arrives late, on the stream in use: a kernel on any other one would read zeros."""
-    call = call_of(op, sample_id)
+    call = call_of(op, sample_id, backend)
     expected, given = call.run(), call.given()
     values = [t.detach().clone() for t in given]
     count = len(given) - len(call.seeds)
@@ -43,9 +43,9 @@ def test_another_stream(op, sample_id):
 
 
 @every_case
-def test_capture_and_replay(op, sample_id):
+def test_capture_and_replay(op, sample_id, backend):
     """A replay reads its inputs anew, and gives the bits of a call."""
-    call = call_of(op, sample_id)
+    call = call_of(op, sample_id, backend)
     given = call.given()
     values = [t.detach().clone() for t in given]
     # sound values in other places, for every operator

@@ -1,6 +1,7 @@
 """Fixtures of the training tests: a tiny synthetic folder, a tiny configuration, a tiny trained network with CAMs."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 from rich.console import Console
 
 from pssl import cams, train
+from pssl.cli import parse
 from pssl.config import DataConfig, TrainConfig
 from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
 from pssl.engine.log import Log
+from pssl.pipeline import PipelineConfig
 
 
 def quiet_log() -> Log:
@@ -41,6 +44,16 @@ def tiny_run(root: Path, out: Path) -> TrainConfig:
     config.inference.scales, config.inference.batch_size = (1.0, 1.5), 4
     config.evaluation.steps = 10
     return config
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """timm, with what a CPU torch lacks of a torchvision built for CUDA declared first; skips without the extra."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    if torch.version.cuda is None:
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield pytest.importorskip("timm", reason="the timm extra", exc_type=ImportError)
 
 
 @pytest.fixture
@@ -85,3 +98,20 @@ def tiny_cams(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny
             quiet_log(),
         )
     return found
+
+
+PIPELINE = [
+    "--model.width", "16", "--model.dim", "8", "--arms", "classifier", "--arm", "classifier", "--data.size", "48",
+    "--schedule.classifier-epochs", "2", "--schedule.batch-size", "4", "--inference.scales", "1",
+    "--evaluation.steps", "10", "--pictures", "1", "--refine.method", "affinity+crf", "--refine.crf.iterations", "2",
+    "--refine.affinity.epochs", "1", "--refine.affinity.dim", "4", "--refine.affinity.log2-steps", "2",
+    "--refine.affinity.scale", "1", "--segment.model.width", "16", "--segment.model.dim", "8",
+    "--segment.model.rates", "2", "--segment.schedule.epochs", "1", "--segment.schedule.batch-size", "4",
+    "--segment.predict.scales", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_root: Path) -> Callable[[Path], PipelineConfig]:
+    """From a folder to the configuration of a run of all stages, a few steps each."""
+    return lambda out: parse(PipelineConfig, [*PIPELINE, "--data.root", str(tiny_root), "--out", str(out)])

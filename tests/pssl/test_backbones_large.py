@@ -176,16 +176,6 @@ def test_broken_weights_files_are_named(tmp_path):
         read_tensors(tmp_path / "b.pth")
 
 
-@pytest.fixture(scope="module")
-def timm():
-    """timm, with what a CPU torch lacks of a torchvision built for CUDA declared first."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    if torch.version.cuda is None:
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield pytest.importorskip("timm", reason="the timm extra", exc_type=ImportError)
-
-
 def test_timm_networks(timm, tmp_path):
     config = ModelConfig(backbone="timm", timm="resnet18", output_stride=16, fixed="early")
     config.weights = tmp_path / "resnet18.pth"

@@ -57,6 +57,7 @@ def test_lists_take_commas_and_blanks():
             "model.backbone expected one of ('small', 'efficientnet_lite0', 'resnet38d', 'timm'), got 'vgg'",
         ),
         ("arms: [rmc]", "arms: expected names from classifier"),
+        ("arms: [pssl, rcm+mam]", "arms: expected each once (pssl is rcm+mam), got pssl, rcm+mam"),
         ("- 1", "expected a mapping of keys to values, got list"),
         ("a: [", "expected a readable YAML file"),
     ],
@@ -69,7 +70,7 @@ def test_wrong_file_names_file_and_key(tmp_path, capsys, text, expected):
 
 
 def test_wrong_flags(capsys):
-    assert "expected one of photographs" in parse_error(capsys, "--recipe", "nothing")
+    assert "expected one of coco14_resnet50, photographs" in parse_error(capsys, "--recipe", "nothing")
     assert "--data.root" in parse_error(capsys, "--data.rot", "x")
     assert "expected a YAML file" in parse_error(capsys, "--config")
 

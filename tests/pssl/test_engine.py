@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.config import MethodConfig, ScheduleConfig
+from pssl.config import EngineConfig, MethodConfig, ScheduleConfig
 from pssl.engine import checkpoint
 from pssl.engine.inputs import ImageInputs
 from pssl.engine.loop import Stage, build_optimizer, epoch_batches, lr_share, run_stage
+from pssl.engine.optimizer import head_layers
 from pssl.engine.seeding import generator
 from pssl.method.losses import Objective
 from pssl.method.readout import Prototypes
 from pssl.method.support import SupportNet
-from pssl.models.cam_net import build_cam_net
+from pssl.models.cam_net import CamNet, build_cam_net
 
 
 def make_stage(state_path=None, epochs=3) -> Stage:
@@ -72,36 +73,119 @@ def anchor_anew(stage):
     stage.support.restart(stage.net)
 
 
-@pytest.mark.parametrize("refresh_epochs", [0, 1, 2])
-def test_resumed_training_equals_uninterrupted(tmp_path, refresh_epochs):
-    def make(path=None):
-        stage = make_stage(path)
-        if refresh_epochs:
-            stage.refresh, stage.refresh_epochs = anchor_anew, refresh_epochs
-        return stage
+class Stopped(Exception):
+    pass
 
-    whole = make()
-    run_stage(whole)
+
+@pytest.mark.parametrize(("stop", "refresh_epochs"), [(0, 0), (1, 0), (2, 1), (3, 1)])
+def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop, refresh_epochs):
+    """Weights, SupportNet, prototype memory and losses to the bit, with dropout, accumulation, clipping and a best."""
+
+    def stage(path=None):
+        made = make_stage(path, epochs=2)
+        made.net.dropout.p, made.schedule.warmup = 0.5, 0.5
+        made.engine = EngineConfig(save_every=1, accumulate=2, clip_norm=0.5)
+        if refresh_epochs:
+            made.refresh, made.refresh_epochs = anchor_anew, refresh_epochs
+        return made
+
+    def remember(stage):
+        return lambda epoch: stage.best.update(epoch=epoch)
+
+    whole = stage()
+    run_stage(whole, on_epoch=remember(whole))
     assert whole.objective.rcm.anchored == (refresh_epochs > 0)
     path = tmp_path / "state.pt"
 
-    class Stopped(Exception):
-        pass
-
-    def stop_in_last_epoch(values):
-        if values["epoch"] == 2:
+    def interrupt(values):
+        if values["step"] == stop:
             raise Stopped
 
+    torch.manual_seed(99)  # the global generator has no say
     with pytest.raises(Stopped):
-        run_stage(make(path), on_step=stop_in_last_epoch)
-    resumed = make(path)
-    steps = []
-    run_stage(resumed, resume=True, on_step=lambda values: steps.append(values["step"]))
-    assert steps == [4, 5]
+        interrupted = stage(path)
+        run_stage(interrupted, on_step=interrupt, on_epoch=remember(interrupted))
+    resumed, steps = stage(path), []
+    if stop:  # make sure that nothing is left from before
+        with torch.no_grad():
+            resumed.net.embed.weight.fill_(7.0)
+    run_stage(
+        resumed, resume=True, on_step=lambda values: steps.append(values["step"]), on_epoch=remember(resumed)
+    )
+    assert steps == list(range(stop, 4)) and resumed.history == whole.history
+    assert resumed.best == whole.best == {"epoch": 1}
     for stage_part in ("net", "support", "objective"):
         expected = getattr(whole, stage_part).state_dict()
         for name, value in getattr(resumed, stage_part).state_dict().items():
             assert torch.equal(value, expected[name]), (stage_part, name)
+    assert whole.objective.rcm.memory.pushed.sum() > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_parts_of_a_batch_add_up():
+    """Gradients over parts are those of the batch (classification with fixed norms: nothing couples the images)."""
+    stages = [make_stage(epochs=1) for _ in range(2)]
+    for stage, count in zip(stages, (1, 3), strict=True):
+        stage.objective, stage.support = Objective(MethodConfig(), 3, 8, 16), None
+        stage.net = build_like(stage.net)
+        stage.engine = EngineConfig(accumulate=count)
+        run_stage(stage)
+    for one, three in zip(*(stage.net.parameters() for stage in stages), strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
+    assert [h["total"] for h in stages[0].history] == pytest.approx(
+        [h["total"] for h in stages[1].history], 1e-4
+    )
+
+
+def build_like(net: CamNet) -> CamNet:
+    """The same network with fixed norms."""
+    fixed = CamNet(net.backbone, net.classes, net.dim, logit_scale=net.logit_scale, fixed="norms")
+    fixed.load_state_dict(net.state_dict())
+    return fixed
+
+
+def test_clipping_bounds_the_gradient():
+    stage = make_stage(epochs=1)
+    stage.schedule.optimizer, stage.schedule.warmup, stage.schedule.poly_power = "sgd", 0.0, 0.0
+    stage.schedule.head_lr_factor, stage.schedule.weight_decay, stage.lr = 1.0, 0.0, 1.0
+    stage.engine = EngineConfig(clip_norm=1e-3)
+    before = [p.detach().clone() for p in stage.net.parameters()]
+    run_stage(stage)
+    moved = (
+        sum(
+            float((p - b).detach().square().sum())
+            for p, b in zip(stage.net.parameters(), before, strict=True)
+        )
+        ** 0.5
+    )
+    assert 0 < moved < 2.01e-3  # two steps
+
+
+@pytest.mark.parametrize("engine", [EngineConfig(precision="bf16"), EngineConfig(compile="eager")])
+def test_precision_and_compilation_change_little(engine):
+    plain, other = make_stage(epochs=1), make_stage(epochs=1)
+    other.engine = engine
+    run_stage(plain)
+    run_stage(other)
+    for first, second in zip(plain.history, other.history, strict=True):
+        assert second["total"] == pytest.approx(first["total"], rel=0.1)
+        assert (first == second) == (engine.precision == "auto")
+
+
+def test_engine_options_that_cannot_be():
+    stage = make_stage(epochs=1)
+    stage.engine = EngineConfig(precision="fp16")
+    with pytest.raises(ValueError, match=r"engine\.precision: fp16 needs CUDA, got device cpu"):
+        run_stage(stage)
+    stage.engine = EngineConfig(accumulate=5)
+    with pytest.raises(
+        ValueError, match="at least one image for each of 1 ranks and 5 parts, got a batch of 4"
+    ):
+        run_stage(stage)
+    stage.engine = EngineConfig(compile="eager")
+    stage.net.frozen = True
+    with pytest.raises(ValueError, match=r"engine\.compile: expected a backbone that is trained"):
+        run_stage(stage)
 
 
 def test_same_seed_same_numbers():
@@ -129,6 +213,8 @@ def test_batches_cover_the_split_once():
     seen = [i for batch in batches for i in batch]
     assert [len(b) for b in batches] == [4, 4] and len(set(seen)) == 8
     assert epoch_batches(stage, 0) == batches != epoch_batches(stage, 1)
+    stage.schedule.drop_last = False
+    assert stage.steps_per_epoch == 3 and [len(b) for b in epoch_batches(stage, 0)] == [4, 4, 1]
     stage.schedule.batch_size = 32
     assert [len(b) for b in epoch_batches(stage, 0)] == [9]
 
@@ -142,6 +228,10 @@ def test_learning_rate():
     groups = build_optimizer(make_stage().net, 1.0, ScheduleConfig(head_lr_factor=7)).param_groups
     assert sorted({(g["peak_lr"], g["weight_decay"]) for g in groups}) == [(1, 0), (1, 5e-4), (7, 5e-4)]
     assert sum(len(g["params"]) for g in groups) == len(list(make_stage().net.parameters()))
+    peers = ScheduleConfig(optimizer="sgd", head_layers="new", head_lr_factor=10, bias_lr_factor=2)
+    optimizer = build_optimizer(make_stage().net, 0.01, peers, head_layers(peers))
+    rates = [(round(g["peak_lr"] / 0.01), g["weight_decay"]) for g in optimizer.param_groups]
+    assert rates == [(1, 5e-4), (2, 0), (10, 5e-4), (20, 0)] and isinstance(optimizer, torch.optim.SGD)
 
 
 def test_generators_differ_by_purpose_only():

@@ -1,0 +1,1 @@
+"""The parts of a report: what a run left behind, charts, pictures, the page."""

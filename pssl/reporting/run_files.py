@@ -1,0 +1,92 @@
+"""What a run left behind, as far as it has come."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pssl.reporting.charts import Series
+
+LOSSES = ("classification", "rcm", "mam", "total")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A folder of pssl.pipeline, of pssl.train or of pssl.segment."""
+
+    root: Path
+
+    @property
+    def train(self) -> Path:
+        """The folder of pssl.train."""
+        return self.root / "train" if (self.root / "train").is_dir() else self.root
+
+    @property
+    def segment(self) -> Path:
+        """The folder of pssl.segment."""
+        return self.root / "segment" if (self.root / "segment").is_dir() else self.root
+
+    def read(self, path: Path) -> dict | None:
+        """A JSON file's values; None where there is none."""
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @property
+    def metrics(self) -> dict | None:
+        """pssl.train's metrics.json."""
+        return self.read(self.train / "metrics.json")
+
+    @property
+    def segmentation(self) -> dict | None:
+        """pssl.segment's segment.json."""
+        return self.read(self.segment / "segment.json")
+
+    @property
+    def pipeline(self) -> dict | None:
+        """pssl.pipeline's pipeline.json."""
+        return self.read(self.root / "pipeline.json")
+
+    def score(self, name: str) -> dict | None:
+        """A score of pssl.pipeline by name, "cams_val" for one."""
+        return self.read(self.root / "scores" / f"{name}.json")
+
+    @property
+    def config(self) -> tuple[str, dict]:
+        """The name and the values of the file that configured the run; FileNotFoundError where there is none."""
+        for path in (
+            self.root / "pipeline.yaml",
+            *(folder / "config.yaml" for folder in (self.train, self.segment)),
+        ):
+            if path.is_file():
+                return path.name, yaml.safe_load(path.read_text(encoding="utf-8"))
+        raise FileNotFoundError(f"{self.root}: expected a pipeline.yaml or config.yaml, found none")
+
+    def losses(self, path: Path) -> dict[str, list[Series]]:
+        """The curves of a losses.csv by stage: its losses over its steps."""
+        if not path.is_file():
+            return {}
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        found: dict[str, list[Series]] = {}
+        for stage in dict.fromkeys(row["stage"] for row in rows):
+            own = [row for row in rows if row["stage"] == stage]
+            steps = [float(row["step"]) for row in own]
+            curves = [
+                Series(name, steps, [float(row[name]) if row[name] else None for row in own])
+                for name in LOSSES
+                if any(row[name] for row in own)
+            ]
+            single = len(curves) == 2 and curves[0].y == curves[1].y  # the total of one term is that term
+            found[stage] = curves[:1] if single else curves
+        return found
+
+    def require_something(self) -> None:
+        """FileNotFoundError where the folder holds no run."""
+        if self.metrics is None and self.segmentation is None:
+            raise FileNotFoundError(
+                f"{self.root}: expected a folder of pssl.pipeline, pssl.train or pssl.segment, found neither "
+                "metrics.json nor segment.json"
+            )
