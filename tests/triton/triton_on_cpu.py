@@ -127,7 +127,7 @@ def pytest_load_initial_conftests():
 
 # Samples for every test; of the others test_every_dtype takes two types, and one of those that are large for an
 # interpreter.
-FEW = ("same_grid", "smaller_labels", "all_ignored", "empty_batch", "smaller_size", "no_class")
+FEW = ("same_grid", "smaller_labels", "empty_batch", "smaller_size")
 LARGE = ("label_grid_8x", "many_regions", "many_classes", "wide", "multi_scale")
 
 
