@@ -95,6 +95,13 @@ def calls(classes: int) -> Iterator[tuple[str, str, tuple]]:
         contrast = (features, empty(classes, 256), labels, empty(), None, None, 255, False, 1e-12)
         yield "prototype_contrast", "forward", contrast
         yield "prototype_contrast", "backward", (empty(2, size, size), None, *contrast, [True] * 3 + [False])
+    if classes == CLASSES[80][0]:  # its tiles depend on the number of maps: the method's three and four
+        for dtype in (torch.bfloat16, torch.float32):
+            main = [empty(2, 20, n, n, dtype=dtype) for n in (28, 56, 112)]
+            support = [empty(2, 20, n, n, dtype=dtype) for n in (28, 56, 84, 112)]
+            compare = (main, support, empty(2, 20), 56, 56, True)
+            yield "cam_compare", "forward", compare
+            yield "cam_compare", "backward", (empty(2, 20), *compare, [True, False])
 
 
 def launches(classes: int) -> list[Launch]:

@@ -78,16 +78,16 @@ def _why_no_triton(op: str, device_type: str) -> str | None:
     return None
 
 
-#: as many classes as a tile of a Triton kernel holds at most (pssl_ext/triton/launch.py)
-TRITON_CLASSES = 256
+#: as many regions, or maps of a class, as a tile of a Triton kernel holds at most (pssl_ext/triton/launch.py)
+TRITON_MOST = {"regions": 256, "maps": 16}
 
 
-def triton_limits(classes: int, *tensors: torch.Tensor) -> str | None:
-    """Why Triton's kernels do not take so many classes, or ``tensors``, whose types decide on that of the sums."""
+def triton_limits(what: str, count: int, *tensors: torch.Tensor) -> str | None:
+    """Why Triton's kernels do not take ``count`` regions or maps, or ``tensors``, the types that sums go by."""
     if any(t.dtype == torch.float64 for t in tensors):
         return "Triton kernels accumulate in float32, and an argument is float64"
-    if classes > TRITON_CLASSES:
-        return f"Triton kernels take at most {TRITON_CLASSES} regions, got {classes}"
+    if count > TRITON_MOST[what]:
+        return f"Triton kernels take at most {TRITON_MOST[what]} {what}, got {count}"
     return None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pssl_ext import checks
+from pssl_ext.backends import triton_limits
 from pssl_ext.ops._reference import accumulation_dtype, resize
 from pssl_ext.ops.cam_regions import _check_cams, present_bytes
 from pssl_ext.registry import Sample, call, define_op
@@ -48,6 +49,10 @@ def reference(
 
 def _fake(main, support, image_labels, height, width, cosine):
     return image_labels.new_empty(image_labels.shape, dtype=accumulation_dtype(*main, *support))
+
+
+def _triton(main, support, image_labels, height, width, cosine) -> str | None:
+    return triton_limits("maps", len(main) + len(support), *main, *support)
 
 
 def _bytes_moved(
@@ -95,6 +100,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     samples=_samples,
     bytes_moved=_bytes_moved,
     differentiable=("main", "support"),
+    triton=_triton,
 )
 def cam_compare(
     main: Sequence[Tensor],  # S of [B,K,h_s,w_s]

@@ -65,7 +65,7 @@ def _check_values(
 def _triton(
     features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps
 ) -> str | None:
-    return triton_limits(prototypes.shape[-2], features, prototypes)
+    return triton_limits("regions", prototypes.shape[-2], features, prototypes)
 
 
 def _bytes_moved(

@@ -62,7 +62,7 @@ def _check_values(features, regions, num_regions, weights, normalize, ignore_ind
 def _triton(
     features, regions, num_regions, weights, normalize, ignore_index, align_corners, eps
 ) -> str | None:
-    return triton_limits(num_regions, features)
+    return triton_limits("regions", num_regions, features)
 
 
 def _bytes_moved(

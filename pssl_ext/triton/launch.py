@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pssl_ext.backends import TRITON_CLASSES
+from pssl_ext.backends import TRITON_MOST
 
 #: The classes that a tile holds, for up to as many classes: a tile holds all of them, since a softmax needs them
 #: together, and three sizes serve VOC (21), COCO (81) and COCO-Stuff (171) without a compilation for each number.
-CLASS_BLOCKS = (32, 128, TRITON_CLASSES)
+CLASS_BLOCKS = (32, 128, TRITON_MOST["regions"])
 
 
 def class_block(classes: int) -> int:

@@ -13,8 +13,8 @@ from test_cuda_kernels import arguments, labels
 from triton.runtime.errors import InterpreterError
 
 from pssl_ext.registry import OPS
-from pssl_ext.testing import Case, assert_same_bits, check, run
-from pssl_ext.triton import cells, pixels
+from pssl_ext.testing import Case, assert_same_bits, check, check_args, run
+from pssl_ext.triton import cam_compare, cells, pixels
 from pssl_ext.triton.arithmetic import dot
 
 
@@ -74,6 +74,42 @@ def test_half_a_pixel_off_is_seen(op, monkeypatch):
     monkeypatch.setattr(pixels, "axis_source", no_half_pixel)
     with pytest.raises(AssertionError, match="is above the allowed"):
         check(Case(op, "smaller_labels", "triton"))
+
+
+@triton.jit
+def no_relu(map, size, b, k, y, x, live, H, W):
+    data, sb, sk, sy, sx = map
+    return tl.load(data + b * sb + k * sk + y.to(tl.int64) * sy + x.to(tl.int64) * sx, mask=live, other=0.0)
+
+
+def test_maps_without_relu_are_seen(monkeypatch):
+    monkeypatch.setattr(cam_compare, "resized", no_relu)
+    with pytest.raises(AssertionError, match="is above the allowed"):
+        check(Case("cam_compare", "sum", "triton"))
+
+
+def test_nan_in_an_absent_class():
+    g = torch.Generator().manual_seed(1)
+    cams = torch.randn(1, 3, 4, 4, generator=g)
+    found = []
+    for value in (float("nan"), 1.0):
+        cams[:, 1] = value
+        args = dict(
+            main=[cams.clone()], support=[cams.flip(-1)], image_labels=torch.tensor([[True, False, True]])
+        )
+        found.append(run(OPS["cam_compare"], dict(args, size=(6, 6)), "triton"))
+    assert_same_bits(*found, "cam_compare")
+
+
+def test_as_many_maps_as_a_tile_takes():
+    g = torch.Generator().manual_seed(11)
+    maps = [torch.randn(1, 2, 2, 2 + i % 3, generator=g) for i in range(17)]
+    more = dict(image_labels=torch.ones(1, 2), size=(3, 4))
+    check_args(
+        OPS["cam_compare"], dict(main=maps[:3], support=maps[3:16], **more), "triton", "cam_compare, 16 maps"
+    )
+    with pytest.raises(RuntimeError, match="Triton kernels take at most 16 maps, got 17"):
+        run(OPS["cam_compare"], dict(main=maps[:3], support=maps[3:], **more), "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64], ids=str)

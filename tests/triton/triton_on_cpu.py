@@ -125,8 +125,10 @@ def pytest_load_initial_conftests():
     patch_once(interpreter)
 
 
-# Samples for every test; the others, large for an interpreter, are for test_every_dtype in two types.
-FEW = ("same_grid", "smaller_labels", "all_ignored", "empty_batch")
+# Samples for every test; of the others test_every_dtype takes two types, and one of those that are large for an
+# interpreter.
+FEW = ("same_grid", "smaller_labels", "empty_batch", "smaller_size")
+LARGE = ("label_grid_8x", "many_regions", "many_classes", "wide", "multi_scale")
 
 
 def chosen(item) -> bool:
@@ -137,7 +139,11 @@ def chosen(item) -> bool:
     case = getattr(item, "callspec", None) and item.callspec.params.get("case")
     if case is None or case.sample_id in FEW:
         return True
-    return "test_every_dtype" in item.nodeid and "float16-" not in item.nodeid.replace("bfloat16-", "")
+    if "test_every_dtype" not in item.nodeid or (case.op, case.sample_id) == ("cam_compare", "wide"):
+        return False
+    return str(case.dtype) in (
+        ("torch.float32",) if case.sample_id in LARGE else ("torch.float32", "torch.bfloat16")
+    )
 
 
 def pytest_collection_modifyitems(config, items):
