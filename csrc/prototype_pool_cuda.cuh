@@ -70,7 +70,10 @@ struct PixelMask {
       : label(p.masks.label(at.b, at.y, at.x)) {
     if (label < 0) return;
     weight = p.masks.template weight<T>(at.b, at.y, at.x);
-    if (p.normalize) inverse = inverse_norm(squared(), p.eps);
+    if (!p.normalize) return;
+    // NaN stays NaN, for a value of 0 would have its pixel left out of the sums, and hide it.
+    const T square = squared();
+    inverse = square == square ? inverse_norm(square, p.eps) : square;
   }
   __device__ T value() const { return label >= 0 ? weight * inverse : T(0); }
   // d loss / d|F|^2, from the products product(c); writes the gradients of masks and weights where they are wanted.

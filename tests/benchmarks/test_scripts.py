@@ -50,7 +50,9 @@ TINY = list(tiny())
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("problem", TINY, ids=[f"{i}-{p.id}" for i, p in enumerate(TINY)])
 def test_all_providers_agree(problem):
-    assert problem.ours in problem.providers and len(problem.providers) > 1
+    assert problem.ours in problem.providers
+    if len(problem.providers) == 1:  # the only peer is an extra's
+        pytest.skip("; ".join(f"{name}: {why}" for name, why in problem.left_out.items()))
     assert problem.bytes_moved[0] > 0
     peaks = measure.check_agreement(problem)
     assert all(both >= forward >= 0 for forward, both in peaks.values())
