@@ -1,6 +1,7 @@
 """From YAML files and flags to a typed configuration, and back.
 
-Order, later wins: field defaults, the recipe (only for configurations that have one), ``--config FILE.yaml``, flags.
+Order, later wins: field defaults, recipes (only for configurations whose `recipes` names some: section to file, ""
+being the whole), ``--config FILE.yaml``, flags.
 A key that no field has is an error that names the nearest one.
 """
 
@@ -47,11 +48,16 @@ def parse(kind: type[T], argv: list[str] | None = None, prog: str | None = None)
     try:
         files, flags = _take_config_files(argv)
         base = overlay(kind(), *[_read(path) for path in files])
-        if hasattr(base, "recipe"):
-            name = tyro.cli(kind, prog=prog, args=flags, default=base).recipe_name
-            base = overlay(kind(), _read(_recipe_path(name)), *[_read(path) for path in files])
-            base.recipe = name
-            flags = _without(flags, "--recipe")
+        if hasattr(base, "recipes"):
+            chosen = tyro.cli(kind, prog=prog, args=flags, default=base).recipes
+            recipes = [_within(section, *_read(_recipe_path(name))) for section, name in chosen.items()]
+            named = [
+                _within(section, name, {"recipe": name.rpartition("/")[2]})
+                for section, name in chosen.items()
+            ]
+            base = overlay(kind(), *recipes, *[_read(path) for path in files], *named)
+            for section in chosen:
+                flags = _without(flags, f"--{section}.recipe" if section else "--recipe")
         return tyro.cli(kind, prog=prog, args=flags, default=base)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
@@ -64,9 +70,14 @@ class ConfigError(ValueError):
 def _recipe_path(name: str) -> Path:
     path = RECIPES / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-        raise ConfigError(f"recipe: expected one of {', '.join(known)}, got {name!r}")
+        known = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        raise ConfigError(f"recipe: expected one of {', '.join(known)}, got {path.stem!r}")
     return path
+
+
+def _within(section: str, source: str, values: dict) -> tuple[str, dict]:
+    """A source whose values are those of a section of the configuration ("": the whole)."""
+    return source, {section: values} if section else values
 
 
 def _take_config_files(argv: list[str]) -> tuple[list[Path], list[str]]:

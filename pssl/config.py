@@ -355,9 +355,9 @@ class TrainConfig:
             raise ValueError(f"arms: expected each once (pssl is rcm+mam), got {', '.join(self.arms)}")
 
     @property
-    def recipe_name(self) -> str:
-        """The recipe to start from, "auto" resolved by the backbone."""
-        return RECIPE_OF_BACKBONE[self.model.backbone] if self.recipe == "auto" else self.recipe
+    def recipes(self) -> dict[str, str]:
+        """The recipes to start from: section to file (see pssl.cli)."""
+        return {"": RECIPE_OF_BACKBONE[self.model.backbone] if self.recipe == "auto" else self.recipe}
 
     @property
     def seed_list(self) -> tuple[int, ...]:

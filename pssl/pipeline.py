@@ -63,6 +63,11 @@ class PipelineConfig(TrainConfig):
         if self.seeds:
             raise ValueError(f"seeds: expected none, the pipeline runs one seed; got {self.seeds}")
 
+    @property
+    def recipes(self) -> dict[str, str]:
+        """The recipes to start from: section to file (see pssl.cli)."""
+        return {**super().recipes, "segment": self.segment.recipe_for(self.model.backbone)}
+
     def folder(self, stage: str, split: str) -> Path:
         """OUT's folder of a stage ("cams" or "labels") and a role, "train" or "val"."""
         return self.out / stage / split

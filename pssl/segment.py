@@ -62,6 +62,16 @@ class SegmentConfig(SegmentSettings):
     """Carry on from what OUT holds; the configuration must be the same."""
 
     @property
+    def recipes(self) -> dict[str, str]:
+        """The recipes to start from: section to file (see pssl.cli)."""
+        return {"": self.recipe_for(self.model.backbone)}
+
+    @property
+    def side(self) -> int:
+        """Side of the square that training shows."""
+        return self.size or self.data.size
+
+    @property
     def predictions(self) -> Path:
         """The folder of predictions."""
         return self.out / "results/VOC2012/Segmentation" / f"comp6_{Path(self.data.val_split).stem}_cls"
@@ -84,7 +94,7 @@ def train(config: SegmentConfig, folder: DataFolder, device: torch.device, log: 
         folder,
         ids,
         config.labels,
-        config.data.size,
+        config.side,
         config.zoom,
         config.schedule,
         config.schedule.epochs,
@@ -107,7 +117,7 @@ def train(config: SegmentConfig, folder: DataFolder, device: torch.device, log: 
     outcome = {"images": len(ids), "steps": training.steps, "seconds": round(training.seconds, 1)}
     if distributed.is_first():
         path = config.out / "checkpoints/segment.safetensors"
-        save_segmenter(path, net, config.model, folder.classes, size=config.data.size, steps=training.steps)
+        save_segmenter(path, net, config.model, folder.classes, size=config.side, steps=training.steps)
         if log.losses:
             log.write_losses(config.out / "losses.csv")
     return net.eval(), outcome

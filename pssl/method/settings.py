@@ -11,6 +11,15 @@ from pssl.config import BackboneConfig, OptimizerConfig
 
 STEPS = ("crf", "par", "affinity")
 
+RECIPE_OF_SEGMENTER = {
+    "small": "synthetic",
+    "efficientnet_lite0": "photographs",
+    "resnet38d": "voc12_resnet38d",
+    "timm": "voc12_resnet101",
+}
+"""The recipe (``pssl/recipes/segment/NAME.yaml``) that ``recipe: auto`` stands for, by the segmentation network's
+backbone."""
+
 
 @dataclass
 class CRFConfig:
@@ -116,15 +125,16 @@ class SegmenterConfig(BackboneConfig):
     init: Path | None = None
     """A checkpoint of pssl.train whose backbone training starts from, in place of `weights`; not one of a frozen
     backbone."""
-    head: Literal["largefov", "v3plus"] = "largefov"
-    """"largefov": DeepLab v1's, which most WSSS papers report; "v3plus": v3+'s pyramid and decoder."""
+    head: Literal["largefov", "v2", "v3plus"] = "largefov"
+    """"largefov": DeepLab v1's; "v2": v2's added classifiers, which with ResNet-101 most WSSS papers report; "v3plus":
+    v3+'s pyramid and decoder."""
     dim: int = 256
-    """Channels of the head (v3+: 256; LargeFOV: 1024)."""
+    """Channels of the head (v3+: 256; LargeFOV: 1024); v2's has none of its own."""
     rates: Integers = (6,)
     """Dilations of the head: one for largefov (DeepLab v1: 12 at stride 8; 6: a quarter of the embedded set's images at
-    stride 4), one a branch for v3plus (6,12,18 at stride 16)."""
+    stride 4), one a classifier for v2 (6,12,18,24 at stride 8), one a branch for v3plus (6,12,18 at stride 16)."""
     dropout: float = 0.5
-    """Share of the head's channels that training drops (DeepLab v1)."""
+    """Share of the head's channels that training drops (DeepLab v1; v2's head drops none)."""
 
 
 @dataclass
@@ -155,10 +165,19 @@ class PredictConfig:
 class SegmentSettings:
     """What is trained on the pseudo labels, and how it labels images."""
 
+    recipe: str = "auto"
+    """Defaults to start from: a file of pssl/recipes/segment, or "auto": the backbone's own (RECIPE_OF_SEGMENTER); in
+    pssl.pipeline that of the CAM network's backbone."""
+    size: int | None = None
+    """Side in pixels of the square that training shows. None: `data.size`."""
     model: SegmenterConfig = field(default_factory=SegmenterConfig)
     schedule: SegmentScheduleConfig = field(default_factory=SegmentScheduleConfig)
     zoom: Floats = (0.75, 1.5)
-    """Training images are resized so that their long side is `data.size` times a random factor of this range, then cut
-    or padded to `data.size` (DeepLab: 0.5 to 1.5 or 2 times the image's own size)."""
+    """Training images are resized so that their long side is `size` times a random factor of this range, then cut or
+    padded to `size` (DeepLab: 0.5 to 1.5 or 2 times the image's own size)."""
     predict: PredictConfig = field(default_factory=PredictConfig)
     crf: CRFConfig = field(default_factory=CRFConfig)
+
+    def recipe_for(self, backbone: str) -> str:
+        """The file of the recipe to start from, below pssl/recipes and without its ending."""
+        return f"segment/{RECIPE_OF_SEGMENTER[backbone] if self.recipe == 'auto' else self.recipe}"

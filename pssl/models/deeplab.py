@@ -1,10 +1,10 @@
-"""DeepLab: a segmentation network of a backbone and one of two heads."""
+"""DeepLab: a segmentation network of a backbone and one of three heads."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pssl.data.transforms import multi_scale, to_float
 from pssl.models.backbones import fixed_modules
 
-Head = Literal["largefov", "v3plus"]
+Head = Literal["largefov", "v2", "v3plus"]
 
 
 class LargeFOV(nn.Module):
@@ -39,6 +39,26 @@ class LargeFOV(nn.Module):
         """Logits [B,C,h,w]."""
         x = self.dropout(F.relu(self.fc6(activations)))
         return self.classifier(self.dropout(F.relu(self.fc7(x))))
+
+
+class V2(nn.Module):
+    """DeepLab v2's head on a ResNet (Chen et al., PAMI 2017): dilated 3x3 classifiers, their logits added up.
+
+    Args:
+        channels: of the backbone.
+        regions: C.
+        rates: dilations, one a classifier (ASPP-L: 6, 12, 18, 24 at stride 8).
+    """
+
+    def __init__(self, channels: int, regions: int, rates: Sequence[int]) -> None:
+        super().__init__()
+        self.classifiers = nn.ModuleList(
+            nn.Conv2d(channels, regions, 3, padding=rate, dilation=rate) for rate in rates
+        )
+
+    def forward(self, activations: Tensor) -> Tensor:  # [B,channels,h,w]
+        """Logits [B,C,h,w]."""
+        return sum(classifier(activations) for classifier in self.classifiers)
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 1, rate: int = 1) -> nn.Sequential:
@@ -94,10 +114,10 @@ class DeepLab(nn.Module):
     Args:
         backbone: of :mod:`pssl.models.backbones`; for "v3plus" one with a `fine_layer`.
         regions: C, background included.
-        head: "largefov" or "v3plus".
-        dim: channels of the head.
-        rates: dilations; "largefov" takes one, "v3plus" one a branch.
-        dropout: of the head.
+        head: "largefov", "v2" or "v3plus".
+        dim: channels of the head; "v2" has none of its own.
+        rates: dilations; "largefov" takes one, "v2" one a classifier, "v3plus" one a branch.
+        dropout: of the head; "v2" has none.
         fixed: what of the backbone training leaves as it is (`fixed_modules`).
 
     Raises ValueError, naming the argument, for another head, another number of rates, a backbone without a finer grid.
@@ -119,23 +139,25 @@ class DeepLab(nn.Module):
         self.fixed = fixed
         for module in fixed_modules(backbone, fixed):
             module.requires_grad_(False)
+        if head not in get_args(Head):
+            raise ValueError(f"head: expected 'largefov', 'v2' or 'v3plus', got {head!r}")
         if head == "largefov":
             if len(rates) != 1:
                 raise ValueError(f"rates: expected one dilation for largefov, got {list(rates)}")
             self.head = LargeFOV(backbone.channels, regions, dim, rates[0], dropout)
-        elif head == "v3plus":
+        elif not rates:
+            raise ValueError(f"rates: expected one dilation or more for {head}, got none")
+        elif head == "v2":
+            self.head = V2(backbone.channels, regions, rates)
+        else:
             if backbone.fine_layer is None:
                 raise ValueError(
-                    f"head: expected largefov for {type(backbone).__name__}, which has no map of stride 4; got v3plus"
+                    f"head: expected largefov or v2 for {type(backbone).__name__}, which has no finer map; got v3plus"
                 )
-            if not rates:
-                raise ValueError("rates: expected one dilation or more for v3plus, got none")
             backbone.get_submodule(backbone.fine_layer).register_forward_hook(
                 _keep_output(backbone.fine_index)
             )
             self.head = V3Plus(backbone.channels, self._fine_channels(), regions, dim, rates, dropout)
-        else:
-            raise ValueError(f"head: expected 'largefov' or 'v3plus', got {head!r}")
 
     @torch.no_grad()
     def _fine_channels(self) -> int:
@@ -153,7 +175,7 @@ class DeepLab(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W], normalised by the backbone's `normalise`
-        """Logits [B,C,h,w], on the backbone's grid for "largefov", on the finer one for "v3plus"."""
+        """Logits [B,C,h,w], on the finer grid for "v3plus", else on the backbone's."""
         activations = self.backbone(images)
         if isinstance(self.head, V3Plus):
             return self.head(activations, _take_output())

@@ -16,16 +16,18 @@ from rich.console import Console
 
 from pssl import cams, evaluate, pipeline, refine, segment
 from pssl import config as configuration
-from pssl.cli import RECIPES, parse, to_dict
+from pssl.cli import RECIPES, overlay, parse, to_dict
 from pssl.config import RECIPE_OF_BACKBONE, TERMS_OF_ARM, TrainConfig
 from pssl.data import VOCFolder
 from pssl.data.transforms import random_colours
 from pssl.engine.inputs import FileInputs
 from pssl.engine.log import Log
 from pssl.engine.optimizer import build_optimizer, head_layers
+from pssl.engine.segmentation import build_segmenter
 from pssl.engine.workspace import net_of
 from pssl.method import settings
 from pssl.method.losses import Objective
+from pssl.method.settings import RECIPE_OF_SEGMENTER
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -52,6 +54,51 @@ def test_recipe_is_loaded_and_fits_together(name):
     assert (RECIPES / f"{name}.yaml").read_text().startswith("# "), "says what it is for"
     if name != "photographs":
         assert not (config.data.loading == "files" and config.model.frozen)
+
+
+SEGMENT = sorted(path.stem for path in (RECIPES / "segment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SEGMENT)
+def test_segmentation_recipe_builds(name, request):
+    """Alone and within the pipeline: what the file says is held, and makes a network and groups of rates."""
+    path = RECIPES / f"segment/{name}.yaml"
+    written = yaml.safe_load(path.read_text())
+    config = parse(segment.SegmentConfig, ["--recipe", name])
+    within = parse(pipeline.PipelineConfig, ["--segment.recipe", name, "--model.backbone", "resnet38d"])
+    assert within.recipe == "voc12_resnet38d" and path.read_text().startswith("# "), "says what it is for"
+    for found in (config, within.segment):
+        held = to_dict(found)
+        assert found.recipe == name and overlay(found, ("again", written)) == found
+        assert {key: held[key] for key in written if not isinstance(written[key], dict)} == {
+            key: value for key, value in written.items() if not isinstance(value, dict)
+        }
+    assert config.side == written.get("size", 96)
+    if config.model.backbone == "timm":
+        request.getfixturevalue("timm")
+    if config.model.head == "v3plus":  # sees its finer channels on an empty image: not on the meta device
+        net = build_segmenter(config.model, 20)
+    else:
+        with torch.device("meta"):
+            net = build_segmenter(config.model, 20)
+    optimizer = build_optimizer(net, config.schedule.lr, config.schedule, ("head.",))
+    rates = {round(group["peak_lr"] / config.schedule.lr, 2) for group in optimizer.param_groups}
+    assert config.schedule.head_lr_factor in rates
+    if name == "voc12_resnet101":
+        assert rates == {1, 10, 20} and net.head.classifiers[3].dilation == (24, 24)
+        assert net.backbone.stride == 8 and net.backbone.channels == 2048
+
+
+def test_segmentation_starts_from_the_recipe_of_its_backbone():
+    assert parse(segment.SegmentConfig, []).recipe == "synthetic"
+    config = parse(segment.SegmentConfig, ["--model.backbone", "timm", "--schedule.epochs", "3"])
+    assert (config.recipe, config.model.head, config.schedule.epochs) == ("voc12_resnet101", "v2", 3)
+    config = parse(pipeline.PipelineConfig, ["--model.backbone", "efficientnet_lite0"])
+    assert (config.recipe, config.segment.recipe) == ("photographs", "photographs")
+    assert config.segment.model.backbone == "efficientnet_lite0"
+    assert set(RECIPE_OF_SEGMENTER.values()) == set(SEGMENT)
+    with pytest.raises(SystemExit, match=r"recipe: expected one of photographs, synthetic, .*, got 'voc'"):
+        parse(segment.SegmentConfig, ["--recipe", "voc"])
 
 
 def on_meta(config: TrainConfig, classes: int):

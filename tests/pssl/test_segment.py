@@ -65,6 +65,17 @@ def test_largefov_is_the_literal_formula():
     assert net(images).shape == (2, 4, 6, 5)
 
 
+def test_v2_is_the_literal_formula():
+    net, images = net_of("v2"), torch.rand(2, 3, 24, 20)
+    state, x = net.state_dict(), net.backbone(images)
+    expected = torch.zeros(2, 4, 6, 5)
+    for number, rate in enumerate((1, 2)):
+        weight, bias = (state[f"head.classifiers.{number}.{part}"] for part in ("weight", "bias"))
+        expected += F.conv2d(x, weight, bias, padding=rate, dilation=rate)
+    torch.testing.assert_close(net(images), expected)
+    assert sum("head." in name for name in state) == 4
+
+
 def test_v3plus_is_the_literal_formula():
     net, images = net_of("v3plus"), torch.rand(2, 3, 24, 20)
     state = {name: value for name, value in net.state_dict().items()}
@@ -92,7 +103,9 @@ def test_v3plus_is_the_literal_formula():
     [
         ("small", "largefov"),
         ("efficientnet_lite0", "largefov"),
+        ("efficientnet_lite0", "v2"),
         ("efficientnet_lite0", "v3plus"),
+        ("resnet38d", "v2"),
         ("resnet38d", "v3plus"),
     ],
 )
@@ -102,12 +115,11 @@ def test_backbones_take_heads(backbone, head):
     with torch.no_grad():
         shape = net(torch.zeros(1, 3, 64, 64)).shape
     fine = {4: 2, 8: 4, 16: 4}[stride]
-    assert shape == (1, 4, *([64 // (stride if head == "largefov" else fine)] * 2))
+    assert shape == (1, 4, *([64 // (fine if head == "v3plus" else stride)] * 2))
 
 
-def test_timm_networks_take_both_heads():
-    pytest.importorskip("timm", reason="the timm extra")
-    for head, side in (("largefov", 4), ("v3plus", 16)):
+def test_timm_networks_take_all_heads(timm):
+    for head, side in (("largefov", 4), ("v2", 4), ("v3plus", 16)):
         net = DeepLab(
             build_backbone("timm", timm="resnet18", output_stride=16), 4, head=head, dim=8, rates=(2,)
         ).eval()
@@ -117,15 +129,16 @@ def test_timm_networks_take_both_heads():
 
 def test_wrong_heads_are_named():
     for more, text in (
-        ({"head": "psp"}, "head: expected 'largefov' or 'v3plus', got 'psp'"),
+        ({"head": "psp"}, "head: expected 'largefov', 'v2' or 'v3plus', got 'psp'"),
         ({"head": "largefov", "rates": (6, 12)}, r"rates: expected one dilation for largefov, got \[6, 12\]"),
         ({"head": "v3plus", "rates": ()}, "rates: expected one dilation or more for v3plus"),
+        ({"head": "v2", "rates": ()}, "rates: expected one dilation or more for v2"),
     ):
         with pytest.raises(ValueError, match=text):
             DeepLab(SmallBackbone(8), 4, **more)
     coarse = SmallBackbone(8)
     coarse.fine_layer = None
-    with pytest.raises(ValueError, match="head: expected largefov for SmallBackbone"):
+    with pytest.raises(ValueError, match="head: expected largefov or v2 for SmallBackbone"):
         DeepLab(coarse, 4, head="v3plus")
 
 
@@ -189,7 +202,7 @@ def test_image_and_labels_change_alike():
         random_labelled_crop(image, labels[:4], 24)
 
 
-@pytest.mark.parametrize("head", ["largefov", "v3plus"])
+@pytest.mark.parametrize("head", ["largefov", "v2", "v3plus"])
 def test_run_leaves_its_files(tiny_cams, tiny_labels, tmp_path, quiet, head):
     config = tiny_segment(tiny_cams, tiny_labels, tmp_path / "run")
     config.model.head = head
@@ -274,6 +287,22 @@ def test_crf_and_a_given_checkpoint(tiny_cams, tiny_labels, tmp_path, quiet):
     assert changed > 0, "the CRF did nothing"
     with pytest.raises(ValueError, match="expected a segmentation network of"):
         load_segmenter(tiny_cams.checkpoint, folder.classes)
+
+
+def test_training_shows_squares_of_its_own_size(tiny_cams, tiny_labels, tmp_path, quiet, monkeypatch):
+    """`size` in place of the data's, by which CAMs were trained."""
+    shown = set()
+
+    def loss(logits, labels):
+        shown.add(tuple(labels.shape[1:]))
+        return segmentation_loss(logits, labels)
+
+    monkeypatch.setattr("pssl.engine.segmentation.segmentation_loss", loss)
+    config = tiny_segment(tiny_cams, tiny_labels, tmp_path / "run", size=40)
+    config.schedule.epochs = 1
+    segment.run(config, quiet)
+    assert shown == {(40, 40)} and config.data.size == 48
+    assert load_weights(tmp_path / "run/checkpoints/segment.safetensors")[1]["size"] == 40
 
 
 def test_backbone_of_a_cam_checkpoint(tiny_cams):
