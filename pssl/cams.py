@@ -17,8 +17,9 @@ from pssl.config import DataConfig, InferenceConfig
 from pssl.engine import distributed
 from pssl.engine.cam_files import write_cams
 from pssl.engine.checkpoint import write_text
-from pssl.engine.inference import read_images
+from pssl.engine.inference import ImageMaps, read_images
 from pssl.engine.log import Log
+from pssl.engine.parallel import over_images
 from pssl.engine.workspace import build_inputs, load_net, open_data, resolve_device
 
 
@@ -58,11 +59,15 @@ def run(config: CamsConfig, log: Log | None = None) -> int:
     )
     own = distributed.share(range(len(ids)))
     prototypes = trained.prototypes if config.readout == "prototype" else None
+
+    def write(maps: ImageMaps) -> None:
+        write_cams(config.out, maps.id, maps.maps[config.readout], maps.class_ids)
+
     with log.progress(f"{config.readout} of {config.split}", len(own)) as bar:
-        for maps in read_images(
+        read = read_images(
             trained.net, inputs, own, lambda i: folder.image(i).shape[:2], config.inference, prototypes
-        ):
-            write_cams(config.out, maps.id, maps.maps[config.readout], maps.class_ids)
+        )
+        for _ in over_images(write, read):  # threads write while this one computes
             bar.advance()
     if distributed.is_first():
         write_text(config.out / "cams.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))

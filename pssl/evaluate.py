@@ -70,7 +70,7 @@ def score_cams(config: EvaluateConfig, folder: DataFolder, ids: list[str], log: 
         return (*read_cams(config.cams, image_id), folder.mask(image_id), folder.parts(image_id))
 
     with log.progress(f"score {config.split}", len(ids)) as bar:
-        for image in map(read, distributed.share(ids)):
+        for image in over_images(read, distributed.share(ids)):
             scorer.add(*image)
             bar.advance()
     score = scorer.result()

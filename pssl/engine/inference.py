@@ -49,7 +49,7 @@ def final_prototypes(
     total = torch.zeros(net.classes + 1, net.dim, dtype=torch.float64, device=device)
     count = torch.zeros(net.classes + 1, dtype=torch.float64, device=device)
     net.eval()
-    for batch in _batches(share(range(len(inputs.ids))), inference.batch_size, inputs):
+    for batch in inputs.batches(share(range(len(inputs.ids))), inference.batch_size):
         seen = {scale: net(inputs.plain(batch, scale, False)) for scale in sorted({1.0, *scales})}
         labels = inputs.labels[batch].to(device)
         regions = rcm.regions([seen[scale] for scale in scales], labels)
@@ -68,7 +68,8 @@ def read_images(
     config: InferenceConfig,
     prototypes: Prototypes | None,
 ) -> Iterator[ImageMaps]:
-    """The maps of images `indices`, at the size (H, W) that `sizes` gives for their ids.
+    """The maps of images `indices`, at the size (H, W) that `sizes` gives for their ids, as they are ready: inputs read
+    from files come by size (`Inputs.batches`).
 
     `cam`: max(CAM, 0), mirrored passes averaged, resized, summed over scales, divided by its maximum (+1e-5).
     `prototype` (where `prototypes` is given): p = softmax over the image's classes and background of
@@ -77,7 +78,7 @@ def read_images(
     Maps are rounded to float16, which is also what is written to disk.
     """
     net.eval()
-    for batch in _batches(indices, config.batch_size, inputs):
+    for batch in inputs.batches(indices, config.batch_size):
         labels = inputs.labels[batch] > 0
         with torch.no_grad():
             grids = [
@@ -130,9 +131,3 @@ def _sum_resized(grids: list[Tensor], size: tuple[int, int]) -> Tensor:  # each 
 def _normalised(cams: Tensor) -> Tensor:  # [k,H,W]
     """Each class divided by its maximum (+1e-5)."""
     return cams / (cams.amax((1, 2), keepdim=True) + EPS) if len(cams) else cams
-
-
-def _batches(indices: Sequence[int], size: int, inputs: Inputs) -> Iterator[list[int]]:
-    indices, size = list(indices), size if inputs.one_size else 1
-    for begin in range(0, len(indices), size):
-        yield indices[begin : begin + size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -23,16 +23,27 @@ class Inputs(Protocol):
     labels: Tensor
     ahead: bool
     """Whether to prepare a step while the one before is computed, in another thread."""
-    one_size: bool
-    """Whether all images have one size, so that several can be read at a time."""
 
     def training(
         self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
     ) -> dict[float, Tensor]:
         """Inputs of these images, each changed at random by its own generator, and alike at every scale."""
 
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
+        """These images in groups of at most `size` that :meth:`plain` takes; perhaps in another order."""
+
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
         """Inputs of these images as they are, or mirrored."""
+
+
+class OneSize:
+    """Of inputs whose images all have one size: any of them can be read together."""
+
+    ahead = False
+
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
+        for begin in range(0, len(indices), size):
+            yield list(indices[begin : begin + size])
 
 
 def load_square_images(folder: DataFolder, ids: Sequence[str], size: int) -> Tensor:
@@ -46,7 +57,7 @@ def load_square_images(folder: DataFolder, ids: Sequence[str], size: int) -> Ten
     return images
 
 
-class ImageInputs:
+class ImageInputs(OneSize):
     """Inputs of a backbone that is trained: images, flipped and cropped at random in training.
 
     Args:
@@ -59,8 +70,6 @@ class ImageInputs:
         colours: largest random changes of colours (`random_colours`), empty for none.
         memory_format: of the batches.
     """
-
-    ahead, one_size = False, True
 
     def __init__(
         self,
@@ -127,7 +136,7 @@ class FileInputs:
         workers: threads that decode.
     """
 
-    ahead, one_size = True, False
+    ahead = True
 
     def __init__(
         self,
@@ -153,6 +162,18 @@ class FileInputs:
         self.colours = colours
         self.memory_format = memory_format
         self.workers = max(workers, 1)
+        self._held: tuple[list[int], Tensor] = ([], torch.empty(0))
+
+    def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
+        """Images of one size together, by the headers of their files; what fills no batch comes last."""
+        waiting: dict[tuple[int, int], list[int]] = {}
+        for index in indices:
+            with Image.open(self.folder.image_path(self.ids[index])) as picture:
+                group = waiting.setdefault(picture.size, [])
+            group.append(index)
+            if len(group) == size:
+                yield waiting.pop(picture.size)
+        yield from waiting.values()
 
     def _read(self, index: int) -> Tensor:
         return torch.from_numpy(self.folder.image(self.ids[index])).permute(2, 0, 1)
@@ -169,18 +190,24 @@ class FileInputs:
         return {scale: resized(batch, scale) for scale in scales}
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
-        """One image at its own size times `scale`, [1,3,h,w]; ValueError for several, whose sizes differ."""
-        if len(indices) != 1:
-            raise ValueError(f"FileInputs.plain: expected one image at a time, got {len(indices)}")
-        image = to_float(self._read(indices[0]))[None].to(self.device, memory_format=self.memory_format)
-        image = resized(self.normalise(image), scale)
+        """Images of one size, at that size times `scale`, [n,3,h,w]; ValueError where sizes differ."""
+        if self._held[0] != list(indices):  # one after the other, all scales of a batch are asked for
+            self._held = (list(indices), self._whole(indices))
+        image = resized(self._held[1], scale)
         return image.flip(3) if flip else image
 
+    def _whole(self, indices: Sequence[int]) -> Tensor:
+        """Normalised images at their own size."""
+        with ThreadPoolExecutor(self.workers) as threads:
+            images = [to_float(image) for image in threads.map(self._read, indices)]
+        shapes = sorted({tuple(image.shape[1:]) for image in images})
+        if len(shapes) != 1:
+            raise ValueError(f"FileInputs.plain: expected images of one size (height, width), got {shapes}")
+        return self.normalise(torch.stack(images).to(self.device, memory_format=self.memory_format))
 
-class ActivationInputs:
+
+class ActivationInputs(OneSize):
     """Inputs of a frozen backbone's head: cached activations, of the mirrored image half the time in training."""
-
-    ahead, one_size = False, True
 
     def __init__(self, ids, activations: ActivationSet, labels: Tensor, device) -> None:
         self.ids = ids

@@ -17,9 +17,10 @@ from rich.console import Console
 from pssl import cams, evaluate, pipeline, refine, segment
 from pssl import config as configuration
 from pssl.cli import RECIPES, overlay, parse, to_dict
-from pssl.config import RECIPE_OF_BACKBONE, TERMS_OF_ARM, TrainConfig
+from pssl.config import RECIPE_OF_BACKBONE, TERMS_OF_ARM, InferenceConfig, TrainConfig
 from pssl.data import VOCFolder
 from pssl.data.transforms import random_colours
+from pssl.engine.inference import ImageMaps, read_images
 from pssl.engine.inputs import FileInputs
 from pssl.engine.log import Log
 from pssl.engine.optimizer import build_optimizer, head_layers
@@ -28,6 +29,7 @@ from pssl.engine.workspace import net_of
 from pssl.method import settings
 from pssl.method.losses import Objective
 from pssl.method.settings import RECIPE_OF_SEGMENTER
+from pssl.models.cam_net import build_cam_net
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -198,8 +200,30 @@ def test_inputs_from_files(file_inputs):
     assert inputs.plain([0], 1.0, False).shape == (1, 3, 30, 60)
     half = inputs.plain([0], 0.5, True)
     assert half.shape == (1, 3, 15, 30) and float(half[0, 0, 0, 0]) > float(half[0, 0, 0, -1])
-    with pytest.raises(ValueError, match="expected one image at a time, got 2"):
+    with pytest.raises(ValueError, match=r"expected images of one size .*, got \[\(30, 60\), \(48, 48\)\]"):
         inputs.plain([0, 1], 1.0, False)
+
+
+def test_images_of_one_size_are_read_together(file_inputs):
+    """CAMs of a split with two sizes are those of its images alone."""
+    assert list(file_inputs.batches([1, 0, 2, 3, 4], 3)) == [[1, 2, 3], [0], [4]]
+    assert list(file_inputs.batches([0, 1, 2], 1)) == [[0], [1], [2]]
+    torch.manual_seed(0)
+    net = build_cam_net("small", file_inputs.labels.shape[1], dim=8, width=16).eval()
+
+    def read(batch_size: int) -> dict[str, ImageMaps]:
+        config = InferenceConfig(scales=(0.5, 1.0), batch_size=batch_size)
+        maps = read_images(
+            net, file_inputs, range(5), lambda i: file_inputs.folder.image(i).shape[:2], config, None
+        )
+        return {one.id: one for one in maps}
+
+    together, alone = read(3), read(1)
+    assert together.keys() == alone.keys() == set(file_inputs.ids[:5])
+    for name, one in alone.items():
+        assert torch.equal(one.class_ids, together[name].class_ids)
+        torch.testing.assert_close(together[name].maps["cam"], one.maps["cam"], rtol=0, atol=2e-3)
+        assert name != file_inputs.ids[0] or one.maps["cam"].shape[1:] == (30, 60)
 
 
 def test_colours_change_as_in_hsv():
