@@ -85,6 +85,8 @@ def _inside(name: str, where: str) -> str:
 
 
 def _rows(path: Path) -> Iterable[tuple[int, list[str]]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list of images")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

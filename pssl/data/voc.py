@@ -108,10 +108,10 @@ class VOCFolder:
                 f"{self.root}: no class names: expected classes.txt, ImageSets/Main/<class>_<split>.txt or "
                 f"Annotations/*.xml"
             )
-        if len(set(names)) != len(names) or len(names) > MAX_CLASSES:
-            raise ValueError(
-                f"{where}: expected at most {MAX_CLASSES} different class names, got {len(names)}"
-            )
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or len(names) > MAX_CLASSES:
+            got = f"{', '.join(twice)} more than once" if twice else len(names)
+            raise ValueError(f"{where}: expected at most {MAX_CLASSES} different class names, got {got}")
         return tuple(names)
 
     def ids(self, split: str) -> list[str]:
@@ -214,7 +214,7 @@ def _load(path: Path, picture: Image.Image, mode: str) -> np.ndarray:
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{path}: expected a whole image file, got {path.stat().st_size} bytes that are none ({error})"
+        f"{path}: expected a whole image file, got {path.stat().st_size} bytes that cannot be decoded ({error})"
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -49,11 +49,14 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the description of a file of :func:`save_weights`."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: expected a {FORMAT} file, its format says {metadata.get('format')!r}")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a {FORMAT} file, got none of safetensors ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a {FORMAT} file, its format says {metadata.get('format')!r}")
     return tensors, json.loads(metadata["description"])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -97,9 +98,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no type of its own for broken and for unsafe files
-        reason = str(error).partition("\n")[0]
+        # torch's own text recommends to run what is in the file
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"one that names {named[1]}" if named else f"one that cannot be read ({type(error).__name__})"
+        )
         raise ValueError(
-            f"{path}: expected a state dict that loads with weights_only=True, got: {reason}"
+            f"{path}: expected a state dict of tensors and nothing else, got {reason}"
         ) from error
     for key in ("state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

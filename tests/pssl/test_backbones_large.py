@@ -169,7 +169,7 @@ def test_broken_weights_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.safetensors: expected a safetensors file"):
         read_tensors(tmp_path / "a.safetensors")
     (tmp_path / "a.pth").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"a\.pth: expected a state dict that loads with weights_only"):
+    with pytest.raises(ValueError, match=r"a\.pth: expected a state dict of tensors .* cannot be read"):
         read_tensors(tmp_path / "a.pth")
     torch.save([1, 2], tmp_path / "b.pth")
     with pytest.raises(ValueError, match=r"b\.pth: expected a state dict of tensors, got list"):

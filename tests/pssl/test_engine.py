@@ -51,6 +51,9 @@ def test_foreign_and_missing_checkpoints_are_named(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other.safetensors: expected a pssl-checkpoint-1"):
         checkpoint.load_weights(tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors at all")
+    with pytest.raises(ValueError, match=r"text.safetensors: expected a pssl-checkpoint-1 file, got none of"):
+        checkpoint.load_weights(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError, match=r"none.safetensors"):
         checkpoint.load_weights(tmp_path / "none.safetensors")
 
