@@ -71,17 +71,23 @@ def check_images(
 
 def check_labels(folder: DataFolder, ids: Sequence[str]) -> dict[str, str]:
     """Images of `ids` whose image-level labels cannot be read, and why."""
-    try:
-        folder.image_labels(ids)
-    except (OSError, ValueError):
-        wrong: dict[str, list[str]] = {}
-        for image_id in ids:
-            found: list[str] = []
-            _attempt(found, folder.image_labels, [image_id])
-            if found:
-                wrong[image_id] = found
-        return {image_id: found[0] for image_id, found in wrong.items()}
-    return {}
+    found: list[str] = []
+    _attempt(found, folder.image_labels, [])
+    if found:  # it is not about any image
+        return dict.fromkeys(ids, found[0])
+    return _unlabelled(folder, ids)
+
+
+def _unlabelled(folder: DataFolder, ids: Sequence[str]) -> dict[str, str]:
+    """As `check_labels`. Halves are looked at until they are sound or one image: a source may take long to read."""
+    found: list[str] = []
+    _attempt(found, folder.image_labels, ids)
+    if not found:
+        return {}
+    if len(ids) == 1:
+        return {ids[0]: found[0]}
+    half = len(ids) // 2
+    return _unlabelled(folder, ids[:half]) | _unlabelled(folder, ids[half:])
 
 
 def _attempt(found: list[str], read, *arguments):

@@ -10,6 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ def labels_from_file(path: Path, ids: Sequence[str], classes: Sequence[str]) -> 
     path = Path(path)
     if path.suffix not in (".csv", ".npy"):
         raise ValueError(f"{path}: expected image labels in a .csv or .npy file")
-    rows = _from_csv(path, classes) if path.suffix == ".csv" else _from_npy(path, classes)
+    changed = path.stat().st_mtime_ns if path.is_file() else 0
+    rows = _rows_of(path, tuple(classes), changed)
     labels = np.zeros((len(ids), len(classes)), np.uint8)
     missing = []
     for row, image_id in enumerate(ids):
@@ -44,6 +46,11 @@ def labels_from_file(path: Path, ids: Sequence[str], classes: Sequence[str]) -> 
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FileNotFoundError(f"{path}: no image-level labels for {', '.join(missing[:3])}{more}")
     return labels
+
+
+@lru_cache(2)  # checks ask again and again
+def _rows_of(path: Path, classes: tuple[str, ...], changed: int) -> dict[str | int, np.ndarray]:
+    return _from_csv(path, classes) if path.suffix == ".csv" else _from_npy(path, classes)
 
 
 def _keys(image_id: str) -> Iterable[str | int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from .check import check_images
+from .check import check_images, check_labels
 from .open import DataFolder
 
 __all__ = ["FolderSummary", "print_summary", "summarise"]
@@ -24,6 +24,8 @@ class FolderSummary:
     """Images by split."""
     class_images: dict[str, list[int]] = field(default_factory=dict)
     """By split, for each class the number of images with it, in `VOCFolder.classes`' order."""
+    usable: dict[str, int] = field(default_factory=dict)
+    """By split, the images that can be trained on: the file is whole, the image-level labels can be read."""
     overlap: dict[tuple[str, str], int] = field(default_factory=dict)
     """Images that two splits share, for the pairs that share any."""
     problems: list[str] = field(default_factory=list)
@@ -39,25 +41,30 @@ def summarise(folder: DataFolder, splits: Sequence[str] = (), *, decode: bool = 
     summary = FolderSummary()
     members: dict[str, set[str]] = {}
     checked: set[str] = set()
+    unusable: set[str] = set()
     for split in splits or folder.splits:
         try:
             ids = folder.ids(split)
         except (OSError, ValueError) as error:
             summary.problems.append(str(error))
             continue
+        if not ids:
+            summary.problems.append(f"{folder.root}, split {split}: expected images, its list names none")
         members[split] = set(ids)
         summary.images[split] = len(ids)
-        try:
-            summary.class_images[split] = folder.image_labels(ids).sum(0, dtype=int).tolist()
-        except (OSError, ValueError) as error:
-            summary.problems.append(str(error))
+        unlabelled = check_labels(folder, ids)
+        summary.problems += unlabelled.values()
+        labelled = [image_id for image_id in ids if image_id not in unlabelled]
+        if labelled or not unlabelled:
+            summary.class_images[split] = folder.image_labels(labelled).sum(0, dtype=int).tolist()
         paths = [folder.mask_path(image_id) for image_id in ids]
         with_masks = any(path is None or path.is_file() for path in paths)
         fresh = [image_id for image_id in ids if image_id not in checked]
         checked.update(fresh)
-        summary.problems += check_images(
-            folder, fresh, masks=with_masks, decode=decode, compare=decode
-        ).lines()
+        found = check_images(folder, fresh, masks=with_masks, decode=decode, compare=decode)
+        summary.problems += found.lines()
+        unusable |= found.images.keys() | unlabelled.keys()
+        summary.usable[split] = len(ids) - len(unusable.intersection(ids))
     for first in members:
         for second in members:
             if first < second and members[first] & members[second]:
@@ -79,9 +86,11 @@ def print_summary(folder: DataFolder, summary: FolderSummary, console: Console |
         table.add_row(str(index + 1), name, *counts)
     table.add_section()
     table.add_row("", "all images", *(str(count) for count in summary.images.values()))
+    if summary.usable != summary.images:
+        table.add_row("", "that can be trained on", *(str(summary.usable[split]) for split in summary.images))
     console.print(table)
     for (first, second), count in summary.overlap.items():
-        console.print(f"{first} and {second} share {count} images", markup=False)
+        console.print(f"{first} and {second} share {count} image{'s'[: count != 1]}", markup=False)
     apart = [
         (first, second)
         for first in summary.images
@@ -94,4 +103,6 @@ def print_summary(folder: DataFolder, summary: FolderSummary, console: Console |
     for problem in summary.problems[:SHOWN_PROBLEMS]:
         console.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
     hidden = len(summary.problems) - SHOWN_PROBLEMS
-    console.print(f"… and {hidden} more" if hidden > 0 else f"{len(summary.problems)} problems")
+    if hidden > 0:
+        console.print(f"… and {hidden} more")
+    console.print(f"{len(summary.problems)} problem{'s'[: len(summary.problems) != 1]}")

@@ -108,7 +108,7 @@ def test_classes_come_from_classes_txt_then_main_then_annotations(voc: Path) -> 
     with pytest.raises(FileNotFoundError, match=r"no class names: expected classes\.txt"):
         VOCFolder(voc)
     (voc / "classes.txt").write_text("cat\ncat\n")
-    with pytest.raises(ValueError, match="different class names"):
+    with pytest.raises(ValueError, match="different class names, got cat more than once"):
         VOCFolder(voc)
 
 
@@ -283,7 +283,17 @@ def test_summary_finds_problems(voc: Path) -> None:
     (problem,) = summarise(folder, decode=True).problems
     assert f"{IDS[2]}.png: shows potted_plant, which the image-level labels do not name" in problem
     assert summarise(folder).problems == []
+    path.write_text("no XML")
+    other = folder.root / "Annotations" / f"{IDS[0]}.xml"
+    kept = other.read_text()
+    other.write_text(annotation("zebra"))
+    found = summarise(folder)
+    assert [Path(line.split(": ")[0]).name for line in found.problems] == [f"{IDS[0]}.xml", f"{IDS[2]}.xml"]
+    assert found.usable == {"train": 1, "trainval": 1, "val": 0}
+    assert sum(found.class_images["trainval"]) > 0, "the others are counted"
+    other.write_text(kept)
     path.write_text(whole)
+    assert clean.usable == clean.images
     assert clean.images == {"train": 2, "trainval": 3, "val": 1}
     assert clean.class_images["trainval"] == [2, 1, 1]
     assert clean.overlap == {("train", "trainval"): 2, ("trainval", "val"): 1}
