@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -21,6 +22,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3, which YAML 1.1 reads as a text
 
 
 def _list_of(kind: type, metavar: str) -> PrimitiveConstructorSpec:
@@ -160,7 +162,7 @@ def _overlay(config: Any, values: dict, source: str, prefix: str, known: list[st
     try:
         return dataclasses.replace(config, **changes)
     except ValueError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        raise ConfigError(f"{source}: {prefix}{error}") from None
 
 
 def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
@@ -177,11 +179,17 @@ def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
         return tuple(_convert(item, arguments[0], source, key) for item in value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
-    expected = f"one of {arguments}" if origin is typing.Literal else getattr(hint, "__name__", str(hint))
+    expected = getattr(hint, "__name__", str(hint))
+    if origin is typing.Literal:
+        expected = f"one of {arguments}"
+    elif origin is tuple:
+        expected = f"a list of {arguments[0].__name__}"
     raise ConfigError(f"{source}: {key} expected {expected}, got {value!r}")
 
 

@@ -13,6 +13,7 @@ arXiv 2112.05351. "Measured" means chosen on the training part of the data in qu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -44,6 +45,17 @@ RECIPE_OF_BACKBONE = {
     "timm": "voc12_resnet50",
 }
 """The recipe (``pssl/recipes/NAME.yaml``) that ``recipe: auto`` stands for."""
+
+
+def require(name: str, value: object, good: bool, expected: str) -> None:
+    """ValueError unless `good`."""
+    if not good:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def require_scales(scales: Sequence[float]) -> None:
+    """ValueError unless these are scales."""
+    require("scales", scales, len(scales) > 0 and min(scales) > 0, "one or more numbers above 0")
 
 
 @dataclass
@@ -88,6 +100,11 @@ class DataConfig:
     empty: none, as IRN. AffinityNet and SEAM: 0.3, 0.3, 0.3, 0.1."""
     workers: int = 4
     """Threads that read images while the network computes, for `loading: files`."""
+
+    def __post_init__(self) -> None:
+        require("size", self.size, self.size >= 1, "1 or more")
+        rising = len(self.zoom) == 2 and 0 < self.zoom[0] <= self.zoom[1]
+        require("zoom", self.zoom, rising, "two numbers above 0, the smaller first")
 
 
 @dataclass
@@ -157,6 +174,9 @@ class OptimizerConfig:
     warmup: float = 0.05
     """Share of a stage's steps over which the learning rate rises linearly from 0."""
 
+    def __post_init__(self) -> None:
+        require("batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
+
 
 @dataclass
 class ScheduleConfig(OptimizerConfig):
@@ -186,6 +206,9 @@ class SupportConfig:
     scales: Floats = (0.5, 1.0, 1.5, 2.0)
     """Scales of SupportNet's CAMs (paper)."""
 
+    def __post_init__(self) -> None:
+        require_scales(self.scales)
+
 
 @dataclass
 class RCMConfig:
@@ -211,7 +234,18 @@ class RCMConfig:
     readout_background: float = 0.55
     """`background` of masks by the readout. Measured on photographs."""
     label_stride: int = 1
-    """The region mask has side `data.size // label_stride`; 1 is label resolution (DESIGN, section 9)."""
+    """The region mask has side `data.size // label_stride`: 1 is label resolution (DESIGN, section 9), the backbone's
+    stride its feature grid."""
+    prototypes: Literal["leave_one_out", "batch"] = "leave_one_out"
+    """What an image's pixels are compared with. "leave_one_out": the mean prototypes of the other images of the batch,
+    so that no image confirms its own mask (DESIGN, section 9); "batch": those of all of them, itself included."""
+    from_epoch: int = 0
+    """First epoch of an arm, counted from 0, in which the term takes part."""
+
+    def __post_init__(self) -> None:
+        require("temperature", self.temperature, self.temperature > 0, "a number above 0")
+        require("memory", self.memory, self.memory >= 0, "0 or more")
+        require("label_stride", self.label_stride, self.label_stride >= 1, "1 or more")
 
 
 @dataclass
@@ -224,6 +258,26 @@ class MAMConfig:
     """Scales of MainNet's CAMs (paper)."""
     attention: Literal["cosine", "none"] = "cosine"
     """"cosine": each support CAM is weighted by 2 - cos(main CAM, support CAM) (paper); "none": by 1."""
+    pairs: Literal["all", "same", "other"] = "all"
+    """Which of SupportNet's scales a CAM of MainNet learns from: "all" of them (paper), that of the "same" scale (then
+    all of `scales` must be SupportNet's too), or the "other" ones."""
+    from_epoch: int = 0
+    """First epoch of an arm, counted from 0, in which the term takes part: in rcm+mam above 0 makes a stage with RCM
+    alone, then one with both (DESIGN, section 9)."""
+
+    def __post_init__(self) -> None:
+        require_scales(self.scales)
+
+    def partners(self, scale: float, support: Sequence[float]) -> tuple[float, ...]:
+        """The scales of SupportNet that MainNet's CAM of `scale` learns from; ValueError where there is none."""
+        wanted = {"all": lambda s: True, "same": scale.__eq__, "other": scale.__ne__}[self.pairs]
+        found = tuple(filter(wanted, support))
+        if not found:
+            raise ValueError(
+                f"method.mam.pairs={self.pairs}: scale {scale:g} of MainNet has no partner among SupportNet's scales "
+                f"{', '.join(f'{s:g}' for s in support)}"
+            )
+        return found
 
 
 @dataclass
@@ -266,7 +320,8 @@ class MethodConfig:
     seam: SEAMConfig = field(default_factory=SEAMConfig)
     ppc: PPCConfig = field(default_factory=PPCConfig)
     classification_weight: float = 1.0
-    """Weight of the classification loss in the arms (paper: 1)."""
+    """Weight of the classification loss in the arms (paper: 1). It is the multi-label soft-margin loss, which is the
+    binary cross-entropy of the logits, averaged over classes."""
 
 
 @dataclass
@@ -278,7 +333,11 @@ class InferenceConfig:
     flip: bool = True
     """Also read the mirrored image (same source)."""
     batch_size: int = 32
-    """Images at a time."""
+    """Images at a time; with `loading: files` those of one size."""
+
+    def __post_init__(self) -> None:
+        require_scales(self.scales)
+        require("batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
 
 
 @dataclass
@@ -292,6 +351,9 @@ class EvaluationConfig:
     every: int = 0
     """Score the CAMs on these training images after every so many epochs too, and keep the best network as
     checkpoints/ARM.best.safetensors. Held images have no say in it. 0: never."""
+
+    def __post_init__(self) -> None:
+        require("steps", self.steps, self.steps >= 2, "2 or more")
 
 
 @dataclass
@@ -314,6 +376,9 @@ class EngineConfig:
     """Keep the training state after every so many steps too. None: after every epoch only."""
     tensorboard: bool = False
     """Write the losses for TensorBoard, into OUT/tensorboard (the extra of that name). CSV is always written."""
+
+    def __post_init__(self) -> None:
+        require("accumulate", self.accumulate, self.accumulate >= 1, "1 or more")
 
 
 @dataclass
@@ -351,8 +416,21 @@ class TrainConfig:
         unknown = [arm for arm in self.arms if arm not in TERMS_OF_ARM]
         if unknown:
             raise ValueError(f"arms: expected names from {', '.join(TERMS_OF_ARM)}, got {', '.join(unknown)}")
+        require("arms", "none", len(self.arms) > 0, "at least one")
         if len(set(self.arms)) != len(self.arms) or {"pssl", "rcm+mam"} <= set(self.arms):
             raise ValueError(f"arms: expected each once (pssl is rcm+mam), got {', '.join(self.arms)}")
+
+    def check(self) -> None:
+        """ValueError for settings that do not fit each other, before anything is trained by them."""
+        terms = {term for arm in self.arms for term in TERMS_OF_ARM[arm]}
+        method = self.method
+        if "mam" in terms:
+            for scale in method.mam.scales:
+                method.mam.partners(scale, method.support.scales)
+        for name, term in (("rcm", method.rcm), ("mam", method.mam)):
+            fits = name not in terms or term.from_epoch < self.schedule.arm_epochs
+            expected = f"less than the arms' {self.schedule.arm_epochs} epochs"
+            require(f"method.{name}.from_epoch", term.from_epoch, fits, expected)
 
     @property
     def recipes(self) -> dict[str, str]:

@@ -193,6 +193,7 @@ def draw_pictures(experiment: Experiment, nets: dict[str, CamNet], out: Path) ->
 def run(config: TrainConfig, log: Log | None = None) -> dict:
     """The whole job; returns what metrics.json holds."""
     begin = time.perf_counter()
+    config.check()
     device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -132,12 +132,12 @@ class Stage(Training):
     def images(self) -> int:
         return len(self.inputs.ids)
 
-    def feed(self, draws: Iterator[Draw]) -> Iterator[tuple[dict[float, Tensor], Tensor]]:
+    def feed(self, draws: Iterator[Draw]) -> Iterator[tuple[dict[float, Tensor], Tensor, int]]:
         device = next(self.net.parameters()).device
 
-        def load(draw: Draw) -> tuple[dict[float, Tensor], Tensor]:
+        def load(draw: Draw) -> tuple[dict[float, Tensor], Tensor, int]:
             inputs = self.inputs.training(draw.indices, draw.generators, self.objective.scales)
-            return inputs, self.inputs.labels[draw.indices].to(device)
+            return inputs, self.inputs.labels[draw.indices].to(device), draw.epoch
 
         if not self.inputs.ahead:
             yield from map(load, draws)
@@ -151,7 +151,7 @@ class Stage(Training):
             while waiting:
                 yield waiting.popleft().result()
 
-    def losses(self, fed: tuple[dict[float, Tensor], Tensor]) -> dict[str, Tensor]:
+    def losses(self, fed: tuple[dict[float, Tensor], Tensor, int]) -> dict[str, Tensor]:
         return self.objective(self.net, self.support, *fed)
 
     def before_epoch(self, epoch: int) -> None:

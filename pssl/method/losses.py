@@ -74,20 +74,32 @@ class Objective(nn.Module):
     @property
     def main_scales(self) -> tuple[float, ...]:
         """Scales that MainNet sees; 1 is always one of them."""
+        return self._main_scales(TERMS)
+
+    def _main_scales(self, names: Container[str]) -> tuple[float, ...]:
         second = (self.config.seam.scale,) if self.seam else ()
-        return tuple(sorted({1.0, *second, *(self.config.mam.scales if self.mam else ())}))
+        mam = self.config.mam.scales if self.mam and "mam" in names else ()
+        return tuple(sorted({1.0, *second, *mam}))
 
     @property
     def support_scales(self) -> tuple[float, ...]:
         """Scales that SupportNet sees."""
-        if not self.needs_support:
-            return ()
-        return tuple(sorted({*self.config.support.scales, *((1.0,) if self.rcm else ())}))
+        return self._support_scales(TERMS)
+
+    def _support_scales(self, names: Container[str]) -> tuple[float, ...]:
+        rcm, mam = self.rcm is not None and "rcm" in names, self.mam and "mam" in names
+        scales = self.config.support.scales if rcm or mam else ()
+        return tuple(sorted({*scales, *((1.0,) if rcm else ())}))
 
     @property
     def scales(self) -> tuple[float, ...]:
         """All scales that a step's inputs must hold."""
         return tuple(sorted({*self.main_scales, *self.support_scales}))
+
+    def active(self, epoch: int) -> set[str]:
+        """Names of the terms that take part in an epoch."""
+        first = {"rcm": self.config.rcm.from_epoch, "mam": self.config.mam.from_epoch}
+        return {name for name in TERMS if epoch >= first.get(name, 0)}
 
     def forward(
         self,
@@ -95,19 +107,22 @@ class Objective(nn.Module):
         support: SupportNet | None,
         inputs: dict[float, Tensor],  # scale -> images or activations, [B,*,*,*]
         image_labels: Tensor,  # [B,K]
+        epoch: int | None = None,  # of the arm; None: all terms take part
     ) -> dict[str, Tensor]:
         """The losses by name; "total" is their weighted sum. Their averages over ranks are those of the whole batch."""
+        names = set(TERMS) if epoch is None else self.active(epoch)
+        main_scales, support_scales = self._main_scales(names), self._support_scales(names)
         see, aim = main, support
         if main.frozen and support is not None:
             # what lies before the heads has no gradient and is the same for both: taken once
-            inputs = {scale: main.activations(inputs[scale]) for scale in self.scales}
+            inputs = {s: main.activations(inputs[s]) for s in sorted({*main_scales, *support_scales})}
             see, aim = main.head, support.head
-        seen = {scale: see(inputs[scale]) for scale in self.main_scales}
-        target = {scale: aim(inputs[scale]) for scale in self.support_scales}
+        seen = {scale: see(inputs[scale]) for scale in main_scales}
+        target = {scale: aim(inputs[scale]) for scale in support_scales}
         with torch.autocast(
             image_labels.device.type, enabled=False
         ):  # the networks' passes alone may be less precise
-            losses = self.terms(seen, target, image_labels)
+            losses = self.terms(seen, target, image_labels, names)
         for name in losses.keys() - {"rcm"}:  # means over images; RCM's is one over pixels, and weighs itself
             losses[name] = share_of_mean(losses[name], len(image_labels))
         losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
@@ -134,19 +149,18 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """The losses that are switched on and among `names`, without their weights."""
         centre, losses = seen[1.0], {}
-        aims = [target[scale] for scale in self.config.support.scales if scale in target]
+        aims = {scale: target[scale] for scale in self.config.support.scales if scale in target}
         if "classification" in names:
             # SEAM classifies both of its views.
             views = [centre, seen[self.config.seam.scale]] if self.seam else [centre]
             each = [classification_loss(CamNet.logits(view.cam), image_labels) for view in views]
             losses["classification"] = sum(each) / len(each)
         if "rcm" in names and self.rcm is not None:
-            losses["rcm"] = self.rcm(centre.features, target[1.0].features, aims, image_labels)
+            losses["rcm"] = self.rcm(centre.features, target[1.0].features, list(aims.values()), image_labels)
         if "mam" in names and self.mam:
-            main_cams = [seen[scale].cam for scale in self.config.mam.scales]
             losses["mam"] = mam_loss(
-                main_cams,
-                [aim.cam for aim in aims],
+                {scale: seen[scale].cam for scale in self.config.mam.scales},
+                {scale: aim.cam for scale, aim in aims.items()},
                 image_labels,
                 tuple(centre.cam.shape[2:]),
                 self.config.mam,

@@ -9,8 +9,8 @@ from pssl_ext import cam_compare
 
 
 def mam_loss(
-    main_cams: list[Tensor],  # S x [B,K,h_s,w_s], one of them at `size`
-    support_cams: list[Tensor],  # T x [B,K,h_t,w_t]
+    main: dict[float, Tensor],  # scale -> [B,K,h_s,w_s]
+    support: dict[float, Tensor],  # scale -> [B,K,h_t,w_t]
     image_labels: Tensor,  # [B,K]
     size: tuple[int, int],
     config: MAMConfig,
@@ -19,6 +19,13 @@ def mam_loss(
 
     Per present class, with all maps resized to `size` (the grid of scale 1) and cut at 0:
     sum_s mean |M_s - mean_t w_st S_t|, w_st = 2 - cos(M_s, S_t). The less two maps agree, the larger the target, so
-    CAMs grow where only some scales respond.
+    CAMs grow where only some scales respond. `config.pairs` says which t there are for an s.
     """
-    return cam_compare(main_cams, support_cams, image_labels, size=size, attention=config.attention)
+    if config.pairs == "all":
+        groups = [(list(main.values()), list(support.values()))]
+    else:
+        groups = [([cam], [support[t] for t in config.partners(s, list(support))]) for s, cam in main.items()]
+    losses = [
+        cam_compare(seen, aims, image_labels, size=size, attention=config.attention) for seen, aims in groups
+    ]
+    return sum(losses[1:], losses[0])

@@ -66,7 +66,7 @@ class PrototypeMemory(nn.Module):
 
 def leave_one_out(
     own: Tensor,  # [B,C,D]: this rank's images
-    own_present: Tensor,  # bool [B,C]
+    own_present: Tensor,  # bool [B,C]: those that are left out; none: the mean over all images
     everyone: Tensor,  # [N,C,D]: all ranks' images, this rank's among them
     everyone_present: Tensor,  # bool [N,C]
     fallback: Tensor,  # [C,D]
@@ -157,7 +157,8 @@ class RCM(nn.Module):
         regions = self.regions(support, image_labels)
         own, present = image_prototypes(support_features, regions, self.num_regions)
         everyone, everyone_present = gather_rows(own), gather_rows(present)
-        prototypes, valid = leave_one_out(own, present, everyone, everyone_present, *self.memory.mean())
+        left_out = present if self.config.prototypes == "leave_one_out" else torch.zeros_like(present)
+        prototypes, valid = leave_one_out(own, left_out, everyone, everyone_present, *self.memory.mean())
         self.memory.push(everyone, everyone_present)
         loss = prototype_contrast(
             main_features, prototypes, regions, temperature=self.config.temperature, valid=valid

@@ -58,6 +58,21 @@ def test_lists_take_commas_and_blanks():
         ),
         ("arms: [rmc]", "arms: expected names from classifier"),
         ("arms: [pssl, rcm+mam]", "arms: expected each once (pssl is rcm+mam), got pssl, rcm+mam"),
+        ("arms: []", "arms: expected at least one, got none"),
+        ("inference: {scales: 0.5}", "inference.scales expected a list of float, got 0.5"),
+        (
+            "inference: {scales: [1, 0]}",
+            "inference.scales: expected one or more numbers above 0, got (1.0, 0.0)",
+        ),
+        ("method: {mam: {scales: []}}", "method.mam.scales: expected one or more numbers above 0, got ()"),
+        ("method: {rcm: {temperature: 0}}", "method.rcm.temperature: expected a number above 0, got 0.0"),
+        ("schedule: {batch_size: 0}", "schedule.batch_size: expected 1 or more, got 0"),
+        (
+            "data: {zoom: [2, 1]}",
+            "data.zoom: expected two numbers above 0, the smaller first, got (2.0, 1.0)",
+        ),
+        ("evaluation: {steps: 1}", "evaluation.steps: expected 2 or more, got 1"),
+        ("schedule: {lr: high}", "schedule.lr expected float, got 'high'"),
         ("- 1", "expected a mapping of keys to values, got list"),
         ("a: [", "expected a readable YAML file"),
     ],
@@ -67,6 +82,26 @@ def test_wrong_file_names_file_and_key(tmp_path, capsys, text, expected):
     path.write_text(text)
     message = parse_error(capsys, "--config", str(path))
     assert expected in message and str(path) in message
+
+
+def test_numbers_with_exponents(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("schedule: {lr: 1e-3, weight_decay: 5E-4, poly_power: 2}")
+    schedule = parse(TrainConfig, ["--config", str(path)]).schedule
+    assert (schedule.lr, schedule.weight_decay, schedule.poly_power) == (1e-3, 5e-4, 2.0)
+
+
+def test_settings_that_do_not_fit_each_other():
+    config = parse(TrainConfig, ["--method.mam.pairs", "same", "--method.mam.scales", "0.5,0.75"])
+    with pytest.raises(
+        ValueError, match=r"mam\.pairs=same: scale 0\.75 of MainNet has no partner among .* 0\.5, 1,"
+    ):
+        config.check()
+    config.arms = ("classifier", "rcm")
+    config.check()
+    config.method.rcm.from_epoch = 3
+    with pytest.raises(ValueError, match=r"rcm\.from_epoch: expected less than the arms' 3 epochs, got 3"):
+        config.check()
 
 
 def test_wrong_flags(capsys):

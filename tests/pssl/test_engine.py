@@ -80,13 +80,14 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize(("stop", "refresh_epochs"), [(0, 0), (1, 0), (2, 1), (3, 1)])
-def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop, refresh_epochs):
+@pytest.mark.parametrize(("stop", "refresh_epochs", "mam_from"), [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)])
+def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop, refresh_epochs, mam_from):
     """Weights, SupportNet, prototype memory and losses to the bit, with dropout, accumulation, clipping and a best."""
 
     def stage(path=None):
         made = make_stage(path, epochs=2)
         made.net.dropout.p, made.schedule.warmup = 0.5, 0.5
+        made.objective.config.mam.from_epoch = mam_from
         made.engine = EngineConfig(save_every=1, accumulate=2, clip_norm=0.5)
         if refresh_epochs:
             made.refresh, made.refresh_epochs = anchor_anew, refresh_epochs
@@ -98,6 +99,7 @@ def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop, refresh_epochs
     whole = stage()
     run_stage(whole, on_epoch=remember(whole))
     assert whole.objective.rcm.anchored == (refresh_epochs > 0)
+    assert [step["epoch"] >= mam_from for step in whole.history] == ["mam" in step for step in whole.history]
     path = tmp_path / "state.pt"
 
     def interrupt(values):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.config import MethodConfig, RCMConfig
+from pssl.config import MAMConfig, MethodConfig, RCMConfig
 from pssl.method.losses import Objective, classification_loss
 from pssl.method.rcm import RCM, PrototypeMemory, image_prototypes, leave_one_out
 from pssl.method.readout import Prototypes, readout_regions
@@ -143,11 +143,13 @@ def test_memory_equals_the_literal_ring(depth):
                 torch.testing.assert_close(mean[region], torch.stack(ring[-depth:]).mean(0))
 
 
-def test_rcm_loss_is_cross_entropy_of_cosines():
+@pytest.mark.parametrize("prototypes", ["leave_one_out", "batch"])
+def test_rcm_loss_is_cross_entropy_of_cosines(prototypes):
     """The whole module against the formulas, at label resolution above the feature grid."""
     generator = torch.Generator().manual_seed(4)
-    config = RCMConfig(temperature=0.2, foreground=0.5, background=0.3)
+    config = RCMConfig(temperature=0.2, foreground=0.5, background=0.3, prototypes=prototypes)
     rcm = RCM(3, 6, 8, config)
+    whole = prototypes == "batch"
     main = torch.randn(4, 6, 4, 4, generator=generator, dtype=torch.float64, requires_grad=True)
     support = torch.randn(4, 6, 4, 4, generator=generator, dtype=torch.float64)
     cams = [torch.randn(4, 3, n, n, generator=generator, dtype=torch.float64) for n in (2, 4)]
@@ -167,7 +169,7 @@ def test_rcm_loss_is_cross_entropy_of_cosines():
     for image in range(4):
         rows = {}
         for region in range(4):
-            others = [own[j, region] for j in range(4) if j != image and present[j, region]]
+            others = [own[j, region] for j in range(4) if (whole or j != image) and present[j, region]]
             if others:
                 rows[region] = F.normalize(torch.stack(others).mean(0), dim=0)
         for y in range(8):
@@ -259,8 +261,9 @@ def test_each_scale_is_passed_once(net, rcm, mam):
     assert all(p.grad is None for p in support.parameters())
 
 
-def test_mam_loss_equals_the_formula(net):
-    objective = Objective(MethodConfig(), 3, 8, 24, mam=True)
+@pytest.mark.parametrize("pairs", ["all", "same", "other"])
+def test_mam_loss_equals_the_formula(net, pairs):
+    objective = Objective(MethodConfig(mam=MAMConfig(pairs=pairs)), 3, 8, 24, mam=True)
     given = inputs(objective.scales)
     support = SupportNet(net)
     with torch.no_grad():
@@ -271,10 +274,12 @@ def test_mam_loss_equals_the_formula(net):
         def at_grid(x):
             return F.interpolate(x, size=(6, 6), mode="bilinear", align_corners=False).relu() * present
 
-        targets = [at_grid(support(given[t]).cam) for t in (0.5, 1.0, 1.5, 2.0)]
+        all_targets = {t: at_grid(support(given[t]).cam) for t in (0.5, 1.0, 1.5, 2.0)}
         expected = 0.0
         for scale in (0.5, 1.0, 2.0):
             main = at_grid(net(given[scale]).cam)
+            wanted = {"all": all_targets, "same": [scale], "other": all_targets.keys() - {scale}}[pairs]
+            targets = [all_targets[t] for t in sorted(wanted)]
             weighted = 0.0
             for target in targets:
                 weight = 2 - F.cosine_similarity(main.flatten(2), target.flatten(2), dim=2)
@@ -283,10 +288,28 @@ def test_mam_loss_equals_the_formula(net):
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_classification_loss_is_the_soft_margin():
+def test_classification_loss_is_the_soft_margin_and_the_binary_cross_entropy():
     logits = torch.randn(4, 3)
     expected = -(labels() * F.logsigmoid(logits) + (1 - labels()) * F.logsigmoid(-logits)).mean()
     torch.testing.assert_close(classification_loss(logits, labels()), expected)
+    torch.testing.assert_close(F.binary_cross_entropy_with_logits(logits, labels()), expected)
+
+
+def test_terms_begin_in_their_epochs(net):
+    """Before that they are not among the losses, and nothing is passed for them alone."""
+    config = MethodConfig(rcm=RCMConfig(from_epoch=1), mam=MAMConfig(from_epoch=2))
+    objective = Objective(config, 3, 8, 24, rcm=True, mam=True)
+    support, given = SupportNet(net), inputs(objective.scales)
+    main_sizes, support_sizes = count_passes(net), count_passes(support)
+    expected = [({"classification"}, 1, 0), ({"classification", "rcm"}, 1, 4)]
+    expected += [({"classification", "rcm", "mam"}, 3, 4)] * 2
+    for epoch, (names, main_passes, support_passes) in enumerate(expected):
+        main_sizes.clear(), support_sizes.clear()
+        losses = objective(net, support, given, labels(), epoch)
+        assert losses.keys() == {*names, "total"}
+        assert (len(main_sizes), len(support_sizes)) == (main_passes, support_passes)
+        torch.testing.assert_close(losses["total"], sum(losses[name] for name in names))
+    assert objective.rcm.memory.pushed.sum() > 0
 
 
 @pytest.mark.parametrize("mode", ["ema", "shared"])
