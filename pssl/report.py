@@ -148,8 +148,12 @@ def losses(report: Report) -> str:
         found |= report.files.losses(report.files.segment / "losses.csv")
     one_seed = len({stage.partition("/")[0] for stage in found if "/" in stage}) == 1
     names = {stage: stage.partition("/")[2] if one_seed and "/" in stage else stage for stage in found}
-    cards = [html.card(names[stage], line_chart(curves, "step", "loss")) for stage, curves in found.items()]
-    return f'<div class="grid2">{"".join(cards)}</div>' if cards else ""
+    cards = [
+        html.card(names[stage], line_chart(curves, "step", "loss", noisy=True))
+        for stage, curves in found.items()
+    ]
+    text = html.note("Faint: the steps. Above them: the mean over a fifteenth of the stage.")
+    return f'{text}<div class="grid2">{"".join(cards)}</div>' if cards else ""
 
 
 def thresholds(report: Report) -> str:

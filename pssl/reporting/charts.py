@@ -16,11 +16,16 @@ MOST_POINTS = 240  # of a line; more are averaged, since nobody sees them
 
 @dataclass(frozen=True)
 class Series:
-    """One line, or one colour of bars; None is a gap."""
+    """One line, or one colour of bars; None is a gap. `colour`: its number in the style sheet; None: its place."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
+    colour: int | None = None
+
+
+def _colours(series: Sequence[Series]) -> list[int]:
+    return [(n if s.colour is None else s.colour) % SERIES for n, s in enumerate(series)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -45,7 +50,18 @@ def thinned(series: Series, most: int = MOST_POINTS) -> Series:
         values = [v for v in series.y[begin:end] if v is not None]
         x.append(sum(series.x[begin:end]) / (end - begin))
         y.append(sum(values) / len(values) if values else None)
-    return Series(series.name, x, y)
+    return Series(series.name, x, y, series.colour)
+
+
+def smoothed(series: Series) -> Series:
+    """Means over the neighbouring points, a fifteenth of the line in all; gaps stay."""
+    reach = len(series.y) // 30
+
+    def mean(at: int) -> float | None:
+        values = [v for v in series.y[max(at - reach, 0) : at + reach + 1] if v is not None]
+        return None if series.y[at] is None else sum(values) / len(values)
+
+    return Series(series.name, series.x, [mean(at) for at in range(len(series.y))], series.colour)
 
 
 def line_chart(
@@ -53,8 +69,10 @@ def line_chart(
     x_label: str,
     y_label: str,
     marks: Sequence[tuple[float, float, str]] = (),
+    noisy: bool = False,
 ) -> str:
-    """Lines over common axes; `marks` are (x, y, text) of points to single out. Empty without a finite value."""
+    """Lines over common axes; `marks` are (x, y, text) of points to single out. `noisy` lines are drawn faintly, and
+    their `smoothed` form upon them. Empty without a finite value."""
     series = [thinned(s) for s in series]
     points = [
         (x, y)
@@ -83,10 +101,14 @@ def line_chart(
         parts.append(
             f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>'
         )
-    for number, line in enumerate(series):
+    colours = _colours(series)
+    drawn = [(line, colour, " faint" if noisy else "") for line, colour in zip(series, colours, strict=True)]
+    if noisy:
+        drawn += [(smoothed(line), colour, "") for line, colour, _ in drawn]
+    for line, colour, faint in drawn:
         for run in _runs(line):
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in run))
-            parts.append(f'<polyline class="line s{number % SERIES}" points="{path}"/>')
+            parts.append(f'<polyline class="line s{colour}{faint}" points="{path}"/>')
     for x, y, text in marks:
         across, up = at(x, y)
         parts.append(
@@ -94,7 +116,8 @@ def line_chart(
         )
     parts.append(_axis_names(x_label, y_label, HEIGHT))
     names = ", ".join(s.name for s in series)
-    return _figure(parts, HEIGHT, f"{y_label} by {x_label}: {names}", [s.name for s in series])
+    keys = dict(zip((s.name for s in series), colours, strict=True))
+    return _figure(parts, HEIGHT, f"{y_label} by {x_label}: {names}", keys)
 
 
 def _runs(series: Series) -> list[list[tuple[float, float]]]:
@@ -117,7 +140,7 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], x_label: str, hig
     pitch = len(series) * (thick + 2) + 10
     height = TOP + pitch * len(groups) + BOTTOM
     scale = (WIDTH - left - 48) / highest
-    parts = []
+    parts, colours = [], _colours(series)
     for tick in ticks(0, highest):
         x = left + tick * scale
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
@@ -130,19 +153,20 @@ def bar_chart(groups: Sequence[str], series: Sequence[Series], x_label: str, hig
         parts.append(
             f'<text class="name" x="{left - 10}" y="{middle:.1f}" text-anchor="end">{escape(group)}</text>'
         )
-        for number, bars in enumerate(series):
+        for number, (bars, colour) in enumerate(zip(series, colours, strict=True)):
             value = bars.y[row]
             if value is None:
                 continue
             y = top + number * (thick + 2)
             title = f"<title>{escape(group)}, {escape(bars.name)}: {value:.1f}</title>"
             parts.append(
-                f'<rect class="bar s{number % SERIES}" x="{left}" y="{y}" width="{max(value * scale, 0.5):.1f}" '
+                f'<rect class="bar s{colour}" x="{left}" y="{y}" width="{max(value * scale, 0.5):.1f}" '
                 f'height="{thick}" rx="2">{title}</rect>'
                 f'<text class="value" x="{left + value * scale + 5:.1f}" y="{y + thick - 1}">{value:.0f}</text>'
             )
     parts.append(_axis_names(x_label, "", height))
-    return _figure(parts, height, f"{x_label} by class", [bars.name for bars in series])
+    keys = dict(zip((bars.name for bars in series), colours, strict=True))
+    return _figure(parts, height, f"{x_label} by class", keys)
 
 
 def _axis_names(x_label: str, y_label: str, height: int) -> str:
@@ -156,12 +180,12 @@ def _axis_names(x_label: str, y_label: str, height: int) -> str:
     return text
 
 
-def _figure(parts: Sequence[str], height: int, described: str, names: Sequence[str]) -> str:
+def _figure(parts: Sequence[str], height: int, described: str, named: dict[str, int]) -> str:
     """The SVG with a legend below it, where there is more than one series."""
     keys = "".join(
-        f'<li><span class="key k{n % SERIES}"></span>{escape(name)}</li>' for n, name in enumerate(names)
+        f'<li><span class="key k{colour}"></span>{escape(name)}</li>' for name, colour in named.items()
     )
-    legend = f'<ul class="legend">{keys}</ul>' if len(names) > 1 else ""
+    legend = f'<ul class="legend">{keys}</ul>' if len(named) > 1 else ""
     return (
         f'<figure class="chart"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(described)}">'
         f"{''.join(parts)}</svg>{legend}</figure>"

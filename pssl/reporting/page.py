@@ -28,10 +28,11 @@ a:hover { text-decoration:underline; }
 table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; }
 th,td { padding:6px 10px; text-align:right; border-bottom:1px solid var(--rule); white-space:nowrap; }
 th { color:var(--soft); font-weight:600; font-size:13px; } tr:last-child td { border-bottom:0; }
-th:first-child,td:first-child { text-align:left; } td.best { font-weight:700; color:var(--good); }
+.text { text-align:left; } td.best { font-weight:700; color:var(--good); }
 figure { margin:0; } .narrow { max-width:820px; } .chart svg { width:100%; height:auto; display:block; }
 svg text { fill:var(--soft); font-size:12px; } svg .name { fill:var(--ink); } svg .value { font-size:10px; }
 .grid { stroke:var(--rule); stroke-width:1; } .line { fill:none; stroke-width:2; stroke-linejoin:round; }
+.faint { opacity:.25; stroke-width:1; }
 .mark { fill:var(--card); stroke:var(--ink); stroke-width:2; }
 .line.s0{stroke:var(--s0)}.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}
 .line.s4{stroke:var(--s4)}.line.s5{stroke:var(--s5)}.bar.s0{fill:var(--s0)}.bar.s1{fill:var(--s1)}.bar.s2{fill:var(--s2)}
@@ -88,21 +89,24 @@ def note(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], best: Sequence[int] = ()) -> str:
-    """A table; in the columns `best` the highest number stands out."""
+    """A table; in the columns `best` the highest number stands out. Columns without numbers are set as text."""
+    words = [not any(_number(row[column]) is not None for row in rows) for column in range(len(head))]
     highest = {}
     for column in best:
         values = [number for row in rows if (number := _number(row[column])) is not None]
         highest[column] = max(values) if len(values) > 1 else None
     lines = []
     for row in rows:
-        cells = [
-            f'<td class="best">{escape(cell)}</td>'
-            if highest.get(column) is not None and _number(cell) == highest[column]
-            else f"<td>{escape(cell)}</td>"
-            for column, cell in enumerate(row)
-        ]
+        cells = []
+        for column, cell in enumerate(row):
+            best_one = highest.get(column) is not None and _number(cell) == highest[column]
+            kind = ' class="best"' if best_one else ' class="text"' if words[column] else ""
+            cells.append(f"<td{kind}>{escape(cell)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    heads = "".join(
+        f'<th scope="col"{" class=text" if text else ""}>{escape(name)}</th>'
+        for name, text in zip(head, words, strict=True)
+    )
     body = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="card scroll"><table>{body}</table></div>'
 

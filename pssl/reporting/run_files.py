@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from pssl.reporting.charts import Series
 
-LOSSES = ("classification", "rcm", "mam", "total")
+LOSSES = ("classification", "rcm", "mam", "seam", "ppc", "total")  # a colour of the style sheet each
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ class RunFiles:
             own = [row for row in rows if row["stage"] == stage]
             steps = [float(row["step"]) for row in own]
             curves = [
-                Series(name, steps, [float(row[name]) if row[name] else None for row in own])
-                for name in LOSSES
+                Series(name, steps, [float(row[name]) if row[name] else None for row in own], colour)
+                for colour, name in enumerate(LOSSES)
                 if any(row[name] for row in own)
             ]
-            single = len(curves) == 2 and curves[0].y == curves[1].y  # the total of one term is that term
-            found[stage] = curves[:1] if single else curves
+            if len(curves) == 2 and curves[0].y == curves[1].y:  # the total of one term is that term
+                curves = curves[:1]
+            found[stage] = [replace(curves[0], colour=0)] if len(curves) == 1 else curves
         return found
 
     def require_something(self) -> None:

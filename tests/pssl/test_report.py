@@ -15,8 +15,9 @@ from PIL import Image
 from pssl import pipeline, report, segment, train
 from pssl.data import VOCFolder, colour_labels
 from pssl.engine.scoring import LabelScorer
-from pssl.reporting.charts import Series, bar_chart, line_chart, thinned, ticks
+from pssl.reporting.charts import SERIES, Series, bar_chart, line_chart, smoothed, thinned, ticks
 from pssl.reporting.page import STYLE, table
+from pssl.reporting.run_files import LOSSES, RunFiles
 
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -173,6 +174,14 @@ def test_charts_draw_what_they_are_given():
     heights = [float(point.split(",")[1]) for point in (*first, *second)]
     assert heights[0] - heights[1] == pytest.approx((heights[0] - heights[2]) / 4, abs=0.2), "y grows upwards"
     assert "<title>last</title>" in svg and line_chart([Series("a", [1], [None])], "x", "y") == ""
+    steps = [float(n % 2) for n in range(60)]
+    assert smoothed(Series("a", steps, steps)).y[20:40] == pytest.approx([0.5] * 20, abs=0.11)
+    assert smoothed(Series("a", [0, 1], [3.0, None])).y == [3.0, None]
+    noisy = line_chart([Series("a", list(range(60)), steps, 4)], "step", "loss", noisy=True)
+    faint, line = (path.split() for path in re.findall(r'points="([^"]*)"', noisy))
+    assert noisy.count('class="line s4 faint"') == noisy.count('class="line s4"') == 1
+    spread = [np.ptp([float(point.split(",")[1]) for point in path]) for path in (faint, line)]
+    assert spread[1] < spread[0] / 2
     bars = bar_chart(["x", "y"], [Series("s", (), [50.0, None]), Series("t", (), [100.0, 25.0])], "IoU")
     widths = [float(w) for w in re.findall(r'<rect[^>]* width="([\d.]+)"', bars)]
     assert widths[0] * 2 == pytest.approx(widths[1], abs=0.2) and widths[1] == pytest.approx(
@@ -195,3 +204,22 @@ def test_ticks_and_thinning():
 def test_tables_single_out_the_best():
     html = table(["arm", "mIoU"], [["a", "41.5 ± 1"], ["b<", "–"], ["c", "39.0"]], best=(1,))
     assert html.count('class="best"') == 1 and '<td class="best">41.5 ± 1</td>' in html and "b&lt;" in html
+    assert html.count("class=text") == 1 and '<td class="text">a</td>' in html, "a column of words"
+
+
+def test_every_loss_keeps_its_colour(tmp_path):
+    columns = ("stage", "step", *LOSSES)
+    rows = [
+        ("0/rcm", 0, 1, 2, "", "", "", 3),
+        ("0/ppc", 0, 1, "", "", 4, 5, 10),
+        ("segment", 0, *[""] * 5, 7),
+    ]
+    path = tmp_path / "losses.csv"
+    path.write_text("\n".join(",".join(map(str, row)) for row in (columns, *rows)))
+    found = RunFiles(tmp_path).losses(path)
+    assert {stage: [(s.name, s.colour) for s in curves] for stage, curves in found.items()} == {
+        "0/rcm": [("classification", 0), ("rcm", 1), ("total", 5)],
+        "0/ppc": [("classification", 0), ("seam", 3), ("ppc", 4), ("total", 5)],
+        "segment": [("total", 0)],
+    }
+    assert len(LOSSES) == SERIES
