@@ -54,6 +54,9 @@ def section(record: dict) -> str:
         for problem in dict.fromkeys(r.problem for r in found):
             here = [r for r in found if r.problem == problem]
             lines.append(row([r for r in here if r.work == here[-1].work], run["goals"]))
+    missed = [v for run in runs.values() for v in run.get("goals", ()) if not v["met"]]
+    if missed:
+        lines += ["", f"Goals missed: {'; '.join(map(missed_text, missed))}."]
     for run in runs.values():
         if "parts" in run:
             lines += ["", step_text(run)]
@@ -85,6 +88,12 @@ def row(found: list[Result], verdicts: list[dict]) -> str:
         f"{sum(judged)} of {len(judged)}" if judged else "",
     )
     return "| " + " | ".join(cells) + " |"
+
+
+def missed_text(verdict: dict) -> str:
+    """A goal with what was measured in its place."""
+    problem, work, goal = (verdict[name] for name in ("problem", "work", "goal"))
+    return f"`{problem}`, {work}: {goal}, measured {verdict['measured']:.3g}"
 
 
 def times(result: Result | None) -> str:

@@ -186,6 +186,10 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
         torch.tensor([len(todo), *sums.values()], dtype=torch.float64)
     ).tolist()
     written = int(totals[0])
+    per_image = {n: round(t / max(written, 1), 4) for n, t in zip(names, totals[1:], strict=True)}
+    path = config.out / "refine.json"
+    if not written and path.is_file():  # what the run that wrote them took stays known
+        per_image = json.loads(path.read_text(encoding="utf-8"))["seconds_per_image"]
     result = {
         "method": config.method,
         "data": folder.name,
@@ -195,13 +199,11 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
         "written": written,
         "kept": len(ids) - written,
         "seconds": round(elapsed, 2),
-        "seconds_per_image": {
-            n: round(t / max(written, 1), 4) for n, t in zip(names, totals[1:], strict=True)
-        },
+        "seconds_per_image": per_image,
     }
     if distributed.is_first():
-        write_text(config.out / "refine.json", json.dumps(result, indent=1))
-        each = ", ".join(f"{name} {value:.3f} s" for name, value in result["seconds_per_image"].items())
+        write_text(path, json.dumps(result, indent=1))
+        each = ", ".join(f"{name} {value:.3f} s" for name, value in per_image.items())
         log.say(f"{written} labels written, {result['kept']} kept in {config.out}; a thread's time: {each}")
     return result
 

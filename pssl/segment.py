@@ -28,13 +28,14 @@ from pssl.engine.parallel import over_images
 from pssl.engine.results import commit, iou_table, versions
 from pssl.engine.scoring import LabelScorer
 from pssl.engine.segmentation import (
+    FrozenSegmentTraining,
     SegmentTraining,
     load_segmenter,
     new_segmenter,
     save_segmenter,
     write_prediction,
 )
-from pssl.engine.workspace import open_data, resolve_device
+from pssl.engine.workspace import open_data, resolve_device, weights_path
 from pssl.method.settings import SegmentSettings
 from pssl.models.deeplab import DeepLab
 
@@ -89,7 +90,16 @@ def train(config: SegmentConfig, folder: DataFolder, device: torch.device, log: 
         )
     net, told = new_segmenter(config.model, len(folder.classes), config.seed)
     log.say(told)
-    training = SegmentTraining(
+    kind, more = SegmentTraining, {}
+    if config.model.frozen:
+        kind = FrozenSegmentTraining
+        more = {
+            "weights": config.model.init or weights_path(config.model),
+            "backbone": config.model.backbone,
+            "scales": config.frozen_scales,
+            "log": log,
+        }
+    training = kind(
         net.to(device),
         folder,
         ids,
@@ -101,6 +111,7 @@ def train(config: SegmentConfig, folder: DataFolder, device: torch.device, log: 
         config.seed,
         config.out / "checkpoints/segment.state.pt",
         config.workers,
+        **more,
     )
     trained: list[float] = []
     with log.progress("train segment", training.steps) as bar:

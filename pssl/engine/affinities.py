@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pssl.data.open import DataFolder
 from pssl.data.palette import write_label_png
-from pssl.data.voc import read_label_png
 from pssl.engine import checkpoint
 from pssl.engine.cam_files import read_cams
 from pssl.engine.distributed import share, wait
-from pssl.engine.inputs import Inputs
+from pssl.engine.inputs import Inputs, grid_labels
 from pssl.engine.log import Log
 from pssl.engine.loop import Draw, Training, run_stage
 from pssl.engine.parallel import over_images
@@ -139,15 +137,6 @@ class Affinities:
     def features(self, index: int) -> Tensor:
         """The affinity features [dim,h,w] of one image, on the CPU."""
         return self.head(self.cam_features([index]))[0].float().cpu()
-
-
-def grid_labels(folder: Path, ids: Sequence[str], grid: tuple[int, int], classes: int) -> Tensor:
-    """Label PNGs of `folder` on a grid, by nearest pixel: uint8 [N,h,w]."""
-    maps = torch.empty(len(ids), *grid, dtype=torch.uint8)
-    for row, image_id in enumerate(ids):
-        labels = torch.from_numpy(read_label_png(folder / f"{image_id}.png", classes))
-        maps[row] = F.interpolate(labels[None, None], size=grid, mode="nearest-exact")[0, 0]
-    return maps
 
 
 def train_affinities(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from pssl.data.open import DataFolder
 from pssl.data.transforms import random_colours, random_flip, random_resized_crop, to_float
+from pssl.data.voc import read_label_png
 from pssl.engine.feature_cache import ActivationSet, resized
 
 
@@ -55,6 +58,15 @@ def load_square_images(folder: DataFolder, ids: Sequence[str], size: int) -> Ten
             pixels = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
         images[index] = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
     return images
+
+
+def grid_labels(folder: Path, ids: Sequence[str], grid: tuple[int, int], classes: int) -> Tensor:
+    """Label PNGs of `folder` on a grid, by nearest pixel: uint8 [N,h,w]."""
+    maps = torch.empty(len(ids), *grid, dtype=torch.uint8)
+    for row, image_id in enumerate(ids):
+        labels = torch.from_numpy(read_label_png(folder / f"{image_id}.png", classes))
+        maps[row] = F.interpolate(labels[None, None], size=grid, mode="nearest-exact")[0, 0]
+    return maps
 
 
 class ImageInputs(OneSize):

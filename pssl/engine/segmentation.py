@@ -18,10 +18,12 @@ from pssl.data.palette import write_label_png
 from pssl.data.transforms import random_labelled_crop
 from pssl.data.voc import read_label_png
 from pssl.engine import checkpoint
+from pssl.engine.inputs import grid_labels, load_square_images
+from pssl.engine.log import Log
 from pssl.engine.loop import Draw, Training
 from pssl.engine.parallel import one_thread_pool, worker_count
-from pssl.engine.seeding import derive_seed
-from pssl.engine.workspace import weights_path
+from pssl.engine.seeding import derive_seed, generator
+from pssl.engine.workspace import frozen_activations, weights_path
 from pssl.method.pseudo_labels import best_regions, crf_step
 from pssl.method.settings import CRFConfig, PredictConfig, SegmenterConfig
 from pssl.models.backbones import build_backbone
@@ -44,6 +46,7 @@ def build_segmenter(config: SegmenterConfig, classes: int) -> DeepLab:
         rates=config.rates,
         dropout=config.dropout,
         fixed=config.fixed,
+        frozen=config.frozen,
     )
 
 
@@ -56,6 +59,10 @@ def new_segmenter(config: SegmenterConfig, classes: int, seed: int) -> tuple[Dee
         torch.manual_seed(derive_seed(seed, "segment", "weights"))
         net = build_segmenter(config, classes)
     path, told = weights_path(config), "backbone weights random"
+    if config.frozen and path is None and config.init is None:
+        raise ValueError(
+            "model.frozen: expected a backbone with weights, got random ones; give --model.weights"
+        )
     if config.init is not None:
         tensors, description = checkpoint.load_weights(config.init)
         prefix = "net.backbone."
@@ -156,6 +163,42 @@ class SegmentTraining(Training):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
+
+
+@dataclass
+class FrozenSegmentTraining(SegmentTraining):
+    """The same on cached activations of a frozen backbone, of the mirrored image half the time, at one of `scales` a
+    step; labels are brought to the same squares, at most four times as fine as the backbone's grid: finer ones take
+    most of a step's time."""
+
+    weights: Path | None = None
+    """The file that the backbone's weights are from."""
+    backbone: str = ""
+    """The backbone's name."""
+    scales: Sequence[float] = (1.0,)
+    log: Log | None = None
+
+    def __post_init__(self) -> None:
+        images = load_square_images(self.folder, self.ids, self.size)
+        self.activations = frozen_activations(
+            images, self.net.backbone, self.backbone, self.weights, self.scales, self.log
+        )
+        side = max(self.size // max(self.net.backbone.stride // 4, 1), 1)
+        self.squares = grid_labels(self.labels, self.ids, (side, side), len(self.folder.classes))
+
+    def feed(self, draws: Iterator[Draw]) -> Iterator[tuple[Tensor, Tensor]]:
+        device = next(self.net.parameters()).device
+        for draw in draws:
+            own = generator(self.seed, self.draws, "scale", draw.step)
+            scale = self.scales[int(torch.randint(len(self.scales), (), generator=own))]
+            flips = [int(torch.rand((), generator=own) < 0.5) for own in draw.generators]
+            pairs = zip(draw.indices, flips, strict=True)
+            labels = torch.stack([self.squares[i].flip(1) if flip else self.squares[i] for i, flip in pairs])
+            yield self.activations.rows(draw.indices, flips, scale).to(device), labels.to(device)
+
+    def losses(self, fed: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        activations, labels = fed
+        return {"total": segmentation_loss(self.net.head(activations), labels)}
 
 
 def write_prediction(

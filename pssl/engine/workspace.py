@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from pssl.cli import from_dict, to_dict
 from pssl.config import BackboneConfig, DataConfig, EngineConfig, ModelConfig
@@ -19,7 +20,7 @@ from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
 from pssl.data.voc import VOCFolder
 from pssl.engine import checkpoint
 from pssl.engine.distributed import is_first, wait
-from pssl.engine.feature_cache import cached_activations
+from pssl.engine.feature_cache import ActivationSet, cached_activations
 from pssl.engine.inputs import ActivationInputs, FileInputs, ImageInputs, Inputs, load_square_images
 from pssl.engine.log import Log
 from pssl.engine.seeding import derive_seed
@@ -174,9 +175,22 @@ def build_inputs(
     images = load_square_images(folder, ids, data.size)
     if not net.frozen:
         return ImageInputs(ids, images, labels, normalise, data.zoom, device, **more)
-    backbone = net.backbone.folded().to(memory_format=torch.channels_last)
-    made_from = {"backbone": model.backbone, "weights": file_digest(weights_path(model))}
-    with log.progress("backbone activations", len(ids)) as bar:
+    activations = frozen_activations(images, net.backbone, model.backbone, weights_path(model), scales, log)
+    return ActivationInputs(ids, activations, labels, device)
+
+
+def frozen_activations(
+    images: Tensor,  # uint8 [N,3,S,S]
+    backbone: torch.nn.Module,
+    name: str,
+    weights: Path,
+    scales: Sequence[float],
+    log: Log,
+) -> ActivationSet:
+    """Activations of the backbone of that name, whose weights came from a file: computed, or found in the cache."""
+    folded = backbone.folded().to(memory_format=torch.channels_last)
+    made_from = {"backbone": name, "weights": file_digest(weights)}
+    with log.progress("backbone activations", len(images)) as bar:
         done = 0
 
         def on_batch(now: int, total: int) -> None:
@@ -186,17 +200,15 @@ def build_inputs(
 
         def compute():
             root = cache_dir() / "activations"
-            return cached_activations(
-                root, images, backbone, scales, description=made_from, on_batch=on_batch
-            )
+            return cached_activations(root, images, folded, scales, description=made_from, on_batch=on_batch)
 
         if not is_first():
             wait()
         activations = compute()
         if is_first():
             wait()
-        bar.advance(len(ids) - done, "" if done else "found in the cache")
-    return ActivationInputs(ids, activations, labels, device)
+        bar.advance(len(images) - done, "" if done else "found in the cache")
+    return activations
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,9 @@ class SegmenterConfig(BackboneConfig):
     init: Path | None = None
     """A checkpoint of pssl.train whose backbone training starts from, in place of `weights`; not one of a frozen
     backbone."""
+    frozen: bool = False
+    """Keep the backbone fixed. Its activations are then computed once, for squares of side `size` at `frozen_scales`,
+    mirrored too, and cached on disk: minutes on a CPU."""
     head: Literal["largefov", "v2", "v3plus"] = "largefov"
     """"largefov": DeepLab v1's; "v2": v2's added classifiers, which with ResNet-101 most WSSS papers report; "v3plus":
     v3+'s pyramid and decoder."""
@@ -175,6 +178,9 @@ class SegmentSettings:
     zoom: Floats = (0.75, 1.5)
     """Training images are resized so that their long side is `size` times a random factor of this range, then cut or
     padded to `size` (DeepLab: 0.5 to 1.5 or 2 times the image's own size)."""
+    frozen_scales: Floats = (0.5, 1.0, 1.5, 2.0)
+    """Scales of which a step shows one, with a frozen backbone, in place of `zoom`. The default ones are in the cache
+    where the CAM network had the same backbone, frozen, and `size`."""
     predict: PredictConfig = field(default_factory=PredictConfig)
     crf: CRFConfig = field(default_factory=CRFConfig)
 

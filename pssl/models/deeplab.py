@@ -119,6 +119,8 @@ class DeepLab(nn.Module):
         rates: dilations; "largefov" takes one, "v2" one a classifier, "v3plus" one a branch.
         dropout: of the head; "v2" has none.
         fixed: what of the backbone training leaves as it is (`fixed_modules`).
+        frozen: training leaves all of it as it is. A batch norm then precedes the head: a backbone's channels differ in
+            scale.
 
     Raises ValueError, naming the argument, for another head, another number of rates, a backbone without a finer grid.
     """
@@ -133,10 +135,11 @@ class DeepLab(nn.Module):
         rates: Sequence[int] = (12,),
         dropout: float = 0.5,
         fixed: str = "nothing",
+        frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.fixed = fixed
+        self.backbone = backbone.requires_grad_(not frozen)
+        self.fixed, self.frozen = fixed, frozen
         for module in fixed_modules(backbone, fixed):
             module.requires_grad_(False)
         if head not in get_args(Head):
@@ -150,6 +153,8 @@ class DeepLab(nn.Module):
         elif head == "v2":
             self.head = V2(backbone.channels, regions, rates)
         else:
+            if frozen:
+                raise ValueError("head: expected largefov or v2 for a frozen backbone, got v3plus")
             if backbone.fine_layer is None:
                 raise ValueError(
                     f"head: expected largefov or v2 for {type(backbone).__name__}, which has no finer map; got v3plus"
@@ -158,6 +163,8 @@ class DeepLab(nn.Module):
                 _keep_output(backbone.fine_index)
             )
             self.head = V3Plus(backbone.channels, self._fine_channels(), regions, dim, rates, dropout)
+        if frozen:
+            self.head = nn.Sequential(nn.BatchNorm2d(backbone.channels), self.head)
 
     @torch.no_grad()
     def _fine_channels(self) -> int:
@@ -168,8 +175,10 @@ class DeepLab(nn.Module):
         return _take_output().shape[1]
 
     def train(self, mode: bool = True) -> DeepLab:
-        """Training mode for everything but the backbone's fixed layers."""
+        """Training mode for everything but a frozen backbone and fixed layers."""
         super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
         for module in fixed_modules(self.backbone, self.fixed):
             module.eval()
         return self

@@ -196,6 +196,12 @@ def test_the_table_of_a_run(tmp_path):
     line = next(row for row in text.splitlines() if row.startswith("| prototype_pool"))
     assert f"| {report.milliseconds(ours.p50)} |" in line and "× (peers)" in line and " of 2 |" in line
     assert f"torch {torch.__version__}" in text
+    for verdict in record["runs"]["rcm"]["goals"]:
+        assert (table.missed_text(verdict) in text) != verdict["met"], verdict
+    verdict = dict(problem="sum", work="forward", goal="≥ 2 × as fast as peers", measured=1.2345, met=False)
+    record["runs"]["rcm"]["goals"] = [verdict, {**verdict, "problem": "other", "met": True}]
+    said = "Goals missed: `sum`, forward: ≥ 2 × as fast as peers, measured 1.23."
+    assert said in table.block([record])
     placed = table.placed(f"a\n{table.BEGIN}\nold\n{table.END}\nb", text)
     assert placed.startswith("a\n") and placed.endswith("\nb") and text in placed and "old" not in placed
 

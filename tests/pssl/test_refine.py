@@ -251,8 +251,10 @@ def test_trained_affinities_serve_another_split(tiny_cams, tmp_path, quiet):
 def test_other_settings_are_refused_in_the_same_folder(tiny_cams, tmp_path, quiet):
     config = tiny_refine(tiny_cams, tmp_path, threshold=0.4)
     refine.run(config, quiet)
-    config.workers = 1
-    assert refine.run(config, quiet)["kept"] == 16
+    config.workers, before = 1, json.loads((tmp_path / "refine.json").read_text())
+    after = refine.run(config, quiet)
+    assert after["kept"] == 16 and after["seconds_per_image"] == before["seconds_per_image"]
+    assert before["seconds_per_image"]["image"] > 0
     config.threshold = 0.5
     with pytest.raises(ValueError, match=r"differ in threshold \(0.4, now 0.5\)"):
         refine.run(config, quiet)

@@ -13,7 +13,9 @@ from pssl import evaluate, refine, segment
 from pssl.config import ModelConfig
 from pssl.data import VOCFolder, random_labelled_crop, write_label_png
 from pssl.data.voc import read_label_png
+from pssl.engine import segmentation
 from pssl.engine.checkpoint import load_weights
+from pssl.engine.loop import Draw
 from pssl.engine.segmentation import load_segmenter, new_segmenter
 from pssl.method.settings import SegmenterConfig
 from pssl.models.backbones import SmallBackbone, build_backbone
@@ -315,6 +317,86 @@ def test_backbone_of_a_cam_checkpoint(tiny_cams):
     with pytest.raises(ValueError, match="backbone of this width"):
         new_segmenter(SegmenterConfig(width=8, init=tiny_cams.checkpoint), 6, 0)
     assert ModelConfig().backbone == SegmenterConfig().backbone
+
+
+def frozen_segment(tiny_cams, labels, out, **more) -> segment.SegmentConfig:
+    config = tiny_segment(tiny_cams, labels, out, frozen_scales=(0.5, 1.0), **more)
+    config.model.frozen, config.model.init = True, tiny_cams.checkpoint
+    return config
+
+
+def test_a_frozen_backbone_trains_by_its_activations(tiny_cams, tiny_labels, tmp_path, quiet, monkeypatch):
+    """They are kept; the network that results labels images whole; stopped training carries on to the same."""
+    monkeypatch.setenv("PSSL_CACHE", str(tmp_path / "cache"))
+    config = frozen_segment(tiny_cams, tiny_labels, tmp_path / "whole")
+    result = segment.run(config, quiet)
+    assert "found in the cache" not in quiet.console.file.getvalue() and result["miou"] > 0
+    tensors = load_weights(config.out / "checkpoints/segment.safetensors")[0]
+    for name, value in load_weights(tiny_cams.checkpoint)[0].items():
+        if name.startswith("net.backbone."):
+            assert torch.equal(tensors[name.removeprefix("net.")], value), name
+
+    config = frozen_segment(tiny_cams, tiny_labels, tmp_path / "broken", resume=True)
+    losses = segmentation.FrozenSegmentTraining.losses
+    calls = iter(range(6))
+
+    def stop(training, fed):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return losses(training, fed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segmentation.FrozenSegmentTraining, "losses", stop)
+        with pytest.raises(KeyboardInterrupt):
+            segment.run(config, quiet)
+    assert segment.run(config, quiet)["confusion"] == result["confusion"]
+    assert "found in the cache" in quiet.console.file.getvalue()
+    resumed = load_weights(config.out / "checkpoints/segment.safetensors")[0]
+    assert all(torch.equal(value, resumed[name]) for name, value in tensors.items())
+
+
+def test_what_a_frozen_backbone_is_fed(tiny_cams, tiny_labels, tmp_path, quiet, monkeypatch):
+    """Activations of the image, or of the mirrored one, with labels that are mirrored alike."""
+    monkeypatch.setenv("PSSL_CACHE", str(tmp_path / "cache"))
+    config, folder = frozen_segment(tiny_cams, tiny_labels, tmp_path), VOCFolder(tiny_cams.root)
+    net, ids = new_segmenter(config.model, len(folder.classes), 0)[0].eval(), folder.ids("train")
+    training = segmentation.FrozenSegmentTraining(
+        net, folder, ids, tiny_labels, 48, config.zoom, config.schedule, 1, 0,
+        weights=tiny_cams.checkpoint, backbone="small", scales=(0.5, 1.0), log=quiet,
+    )  # fmt: skip
+    seen = set()
+    for step in range(8):
+        draw = Draw(0, step, [step, 3], [torch.Generator().manual_seed(10 * step + n) for n in (0, 1)], 1.0)
+        ((activations, labels),) = training.feed(iter([draw]))
+        scale = activations.shape[2] / 12
+        for own, label, index in zip(activations, labels, draw.indices, strict=True):
+            image = torch.from_numpy(folder.image(ids[index])).permute(2, 0, 1)[None].float() / 255
+            truth = torch.from_numpy(read_label_png(tiny_labels / f"{ids[index]}.png", 20))
+            mirrored = not torch.equal(label, truth)
+            assert torch.equal(label, truth.flip(1) if mirrored else truth)
+            pixels = net.backbone.normalise(image)
+            if scale != 1:
+                pixels = F.interpolate(pixels, scale_factor=scale, mode="bilinear")
+            with torch.no_grad():
+                expected = net.backbone(pixels.flip(3) if mirrored else pixels)[0]
+            torch.testing.assert_close(own, expected, rtol=2e-3, atol=2e-3)
+            seen.add((scale, mirrored))
+    assert seen == {(scale, mirrored) for scale in (0.5, 1.0) for mirrored in (False, True)}
+    found = training.losses((activations, labels))["total"]
+    torch.testing.assert_close(found, segmentation_loss(net.head(activations), labels))
+
+
+def test_frozen_backbones_have_weights_and_no_decoder(tiny_cams):
+    with pytest.raises(ValueError, match=r"model\.frozen: expected a backbone with weights, got random ones"):
+        new_segmenter(SegmenterConfig(frozen=True), 6, 0)
+    with pytest.raises(ValueError, match="head: expected largefov or v2 for a frozen backbone, got v3plus"):
+        DeepLab(SmallBackbone(8), 4, head="v3plus", rates=(2,), frozen=True)
+    net = net_of("v2", frozen=True).train()
+    assert not any(module.training for module in net.backbone.modules()) and net.head.training
+    assert not any(p.requires_grad for p in net.backbone.parameters())
+    images = torch.rand(1, 3, 16, 16)
+    net.eval().head[0].running_var.fill_(4.0)
+    torch.testing.assert_close(net(images), net.head[1](net.backbone(images) / (4 + 1e-5) ** 0.5))
 
 
 def test_missing_and_misfitting_labels_are_named(tiny_cams, tiny_labels, tmp_path, quiet):
