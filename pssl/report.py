@@ -81,8 +81,11 @@ def tiles(report: Report) -> str:
             html.tile(f"{report.files.segmentation['miou']:.1f}", f"mIoU of predictions, {report.split}")
         )
     if not found and report.files.metrics is not None:
-        row = max(report.files.metrics["summary"], key=lambda row: row["val_miou"])
-        found.append(html.tile(f"{row['val_miou']:.1f}", f"mIoU of CAMs, {row['arm']}, {row['readout']}"))
+        summary = report.files.metrics["summary"]
+        for readout in dict.fromkeys(row["readout"] for row in summary):
+            row = max((r for r in summary if r["readout"] == readout), key=lambda r: r["val_miou"])
+            text = f"mIoU of the best arm by {readout}, {row['arm']}, {report.split}"
+            found.append(html.tile(f"{row['val_miou']:.1f}", text))
     pipeline = report.files.pipeline
     if pipeline is not None:
         found.append(html.tile(f"{pipeline['seconds'] / 60:.1f} min", "for all stages"))

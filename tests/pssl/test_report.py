@@ -147,6 +147,7 @@ def test_report_of_a_single_stage(tiny_config, tiny_cams, tmp_path, quiet):
     assert (
         page.headings == ["Ablation", "Background threshold", "Losses", "Configuration"] and not page.pictures
     )
+    assert all(f"mIoU of the best arm by {how}, classifier, val" in page.text for how in ("cam", "prototype"))
     config = segment.SegmentConfig(
         labels=tiny_cams.root / "SegmentationClass", data=tiny_cams.data, out=tmp_path / "segment"
     )
