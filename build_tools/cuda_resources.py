@@ -60,7 +60,7 @@ def plan(output: Path, torch: pssl_backend.Torch, cuda: Cuda, folder: Path) -> s
     ]
     objects = {
         "module.o": ("cxx", ROOT / "csrc/module.cpp", native.module_flags(folder)),
-        "simd.o": ("cxx", ROOT / "csrc/common/simd.cpp", []),
+        **{f"{source.stem}.o": ("cxx", source, []) for source in native.common_sources()},
     }
     for source in sorted((ROOT / "csrc").glob("*_cuda.cu")):
         objects[f"{source.stem}.o"] = ("nvcc", source, native.operator_flags("nvcc", source))

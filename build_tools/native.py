@@ -122,10 +122,16 @@ def common_flags(torch: Torch) -> list[str]:
 
 
 def module_flags(folder: Path) -> list[str]:
-    """What module.cpp needs beside: pybind11, Python, and the configuration in `folder`."""
+    """What module.cpp needs beside: pybind11, Python, and the configuration in `folder`. The copy of pybind11 among the
+    headers of torch 2.11 is an error where the macros of the stable ABI are defined."""
     pybind = pybind11_include()
-    flags = ["-isystem", str(pybind)] if pybind else []
+    flags = ["-UTORCH_STABLE_ONLY", "-UTORCH_TARGET_VERSION", *(["-isystem", str(pybind)] if pybind else [])]
     return [*flags, "-isystem", sysconfig.get_path("include"), f"-I{folder}"]
+
+
+def common_sources() -> list[Path]:
+    """What belongs to no operator, compiled once."""
+    return sorted((ROOT / "csrc/common").glob("*.cpp"))
 
 
 def torch_libraries(torch: Torch) -> list[str]:
@@ -173,7 +179,7 @@ def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> 
     # The order of `built` is the order of linking, and of one inline function found in several objects the linker
     # keeps the first: baseline comes before avx2 and avx512, or shared code could run instructions the CPU lacks.
     compile_to("module.o", "cxx", ROOT / "csrc/module.cpp", module_flags(objects))
-    for source in sorted((ROOT / "csrc/common").glob("*.cpp")):
+    for source in common_sources():
         compile_to(f"common/{source.stem}.o", "cxx", source, [])
     for level in simd_levels():
         for source in sorted((ROOT / "csrc").glob("*_cpu.cpp")):

@@ -1,12 +1,14 @@
 // The importable module pssl_ext._C. Loading it registers the kernels, because the operators' objects are linked into
 // the same library; the only function it offers tells how it was built.
+//
+// No header of torch's in this file: 2.11 refuses pybind11 beside its stable ABI (see module_flags in build_tools/native.py).
 #include <pybind11/pybind11.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <sstream>
 #include <string>
 
 #include "common/simd.h"
+#include "common/threads.h"
 #include "pssl_build_config.h"  // written by build_tools/native.py
 
 namespace py = pybind11;
@@ -54,7 +56,7 @@ py::dict build_info() {
 #else
   info["openmp"] = py::none();  // kernels run on torch's own threads, whatever those are
 #endif
-  info["threads"] = torch::stable::get_num_threads();
+  info["threads"] = pssl::torch_threads();
   return info;
 }
 

@@ -160,6 +160,17 @@ def test_plan_quotes_folders_with_spaces(native, tmp_path):
     assert plan.index("build module.o") < plan.index(": link module.o common/simd.o")
 
 
+def test_the_module_is_compiled_apart_from_torch(native, tmp_path):
+    """Torch 2.11 makes its copy of pybind11, which is found first, an error beside the macros of its stable ABI."""
+    (tmp_path / "include/pybind11").mkdir(parents=True)
+    refuses = "#if defined(TORCH_STABLE_ONLY) || defined(TORCH_TARGET_VERSION)\n#error refused\n#endif\n"
+    (tmp_path / "include/pybind11/pybind11.h").write_text(f"{refuses}#include_next <pybind11/pybind11.h>\n")
+    torch = native.Torch(tmp_path, "2.11.0", None, True)
+    native.write_if_changed(tmp_path / "pssl_build_config.h", native.build_config("0", torch, None))
+    flags = [*native.common_flags(torch), *native.module_flags(tmp_path), "-fsyntax-only"]
+    subprocess.run([*native.find_cxx(), *flags, str(native.ROOT / "csrc/module.cpp")], check=True)
+
+
 def test_missing_compiler_is_named(source_copy):
     done = build_ext(source_copy, CXX="/nonexistent/c++")
     assert done.returncode != 0

@@ -82,7 +82,8 @@ def _plan(output: Path, torch: pssl_backend.Torch, folder: Path) -> str:
         objects.append(name)
 
     compile_to("module.o", ROOT / "csrc/module.cpp", native.module_flags(folder))
-    compile_to("simd.o", ROOT / "csrc/common/simd.cpp", [])
+    for source in native.common_sources():
+        compile_to(f"{source.stem}.o", source, [])
     for source in sorted((ROOT / "csrc").glob("*_cuda.cu")):
         compile_to(f"{source.stem}.o", source, native.operator_flags("cxx", source))
     link = native.shell([*cxx, "-shared", *sanitizers]) + " $in -o $out "
