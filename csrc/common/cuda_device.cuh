@@ -32,8 +32,13 @@ namespace pssl::PSSL_SIMD_NAMESPACE {
 // What the choice of a launch depends on.
 struct DeviceLimits {
   int processors;        // streaming multiprocessors
-  int64_t shared_bytes;  // shared memory that one block can have
+  int64_t shared_bytes;  // dynamic shared memory that one block can have
 };
+
+// Shared memory that a kernel may declare beside the dynamic one. It counts towards the device's limits, that for launches
+// which do not ask for more among them; the tests fail a kernel that declares more.
+constexpr int64_t kMostStaticShared = 4 << 10;
+constexpr int64_t kSharedUnasked = 48 << 10;  // of both, on every device
 
 template <class T>
 using Same = T;  // the argument's own type: `__shared__ Same<float[32]> name` has the extents on the left
@@ -63,10 +68,10 @@ inline const DeviceLimits& device_limits(int device) {
   STD_TORCH_CHECK(device >= 0 && device < kDevices, "pssl: CUDA device ", device, " is not among the first ",
                   kDevices);
   std::call_once(asked[device], [&] {
-    int processors = 1, shared = 48 << 10;
+    int processors = 1, shared = kSharedUnasked;
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    limits[device] = {processors, shared};
+    limits[device] = {processors, shared - kMostStaticShared};
   });
   return limits[device];
 }
@@ -130,9 +135,10 @@ void launch(const CudaCall& call, void (*kernel)(P...), dim3 grid, dim3 block, i
   STD_TORCH_CHECK(shared_bytes <= call.limits.shared_bytes, call.op, ": the kernel needs ", shared_bytes,
                   " bytes of shared memory, the device has ", call.limits.shared_bytes, " a block");
 #ifdef PSSL_CUDA_ON_CPU
-  cuda_on_cpu::launch(grid, block, size_t(shared_bytes), [&] { kernel(static_cast<P>(arguments)...); });
+  cuda_on_cpu::launch(grid, block, size_t(shared_bytes), size_t(kMostStaticShared),
+                      [&] { kernel(static_cast<P>(arguments)...); });
 #else
-  if (shared_bytes > (48 << 10))  // more has to be asked for
+  if (shared_bytes + kMostStaticShared > kSharedUnasked)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   kernel<<<grid, block, size_t(shared_bytes), call.stream>>>(static_cast<P>(arguments)...);
   const cudaError_t error = cudaGetLastError();

@@ -5,7 +5,8 @@
 // blocks changes from launch to launch, and a missing barrier shows as a wrong result. What is no valid program is an
 // error that says where: threads at different barriers or returned before one, shuffles of lanes that have returned or
 // that the mask leaves out, waiting for each other. Shared memory is new for each block, filled with a pattern that
-// reads as NaN, and every array of it is a heap object of its own: AddressSanitizer sees what runs over its end.
+// reads as NaN, and every array of it is a heap object of its own: AddressSanitizer sees what runs over its end. Beside
+// dynamic shared memory a kernel declares no more than its launch reckons with.
 //
 // Not modelled: races that no order of whole runs between barriers shows, memory coalescing, anything asynchronous.
 #pragma once
@@ -17,6 +18,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -128,12 +130,13 @@ cuda_on_cpu_switch:
 
 class Block {
  public:
-  Block(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body, std::mt19937& random,
-        bool shuffled)
+  Block(dim3 grid, dim3 size, size_t shared_bytes, size_t most_static, const std::function<void()>& body,
+        std::mt19937& random, bool shuffled)
       : grid(grid),
         size(size),
         threads_(size.x * size.y * size.z),
         shared_bytes_(shared_bytes),
+        most_static_(most_static),
         body_(body),
         random_(random),
         shuffled_(shuffled) {}
@@ -143,6 +146,7 @@ class Block {
   void run(dim3 block) {
     index = block;
     arrays_.clear();
+    static_bytes_ = 0;
     error_ = nullptr;
     runnable_.clear();
     live_ = threads_.size();
@@ -168,6 +172,10 @@ class Block {
   void* shared_array(const void* key, size_t bytes) {
     for (SharedArray& array : arrays_)
       if (array.key == key) return array.memory.get();
+    if (key != &shared_bytes_) static_bytes_ += (bytes + 15) / 16 * 16;
+    if (shared_bytes_ && static_bytes_ > most_static_)
+      fail("static shared memory of " + std::to_string(static_bytes_) + " bytes beside dynamic, at most " +
+           std::to_string(most_static_) + " are reckoned with");
     return arrays_.emplace_back(key, bytes).memory.get();
   }
   void* dynamic_shared() {
@@ -367,7 +375,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Thread*> runnable_;
   std::vector<SharedArray> arrays_;
-  size_t shared_bytes_, live_ = 0;
+  size_t shared_bytes_, most_static_, static_bytes_ = 0, live_ = 0;
   const std::function<void()>& body_;
   std::mt19937& random_;
   bool shuffled_;
@@ -383,8 +391,14 @@ inline long setting(const char* name, long otherwise) {
   return text ? std::atol(text) : otherwise;
 }
 
-// Every launch draws another order from PSSL_CUDA_ON_CPU_SEED; 0 leaves threads and blocks in theirs.
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+// How many kernels have been launched, for tests that ask the module.
+inline std::atomic<long> launched{0};
+extern "C" __attribute__((weak, used, visibility("default"))) long cuda_on_cpu_launched() { return launched; }
+
+// Every launch draws another order from PSSL_CUDA_ON_CPU_SEED; 0 leaves threads and blocks in theirs. `most_static`: shared
+// memory that the kernel may declare beside `shared_bytes`.
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, size_t most_static,
+                   const std::function<void()>& body) {
   static thread_local unsigned launches = 0;
   const unsigned seed = unsigned(setting("PSSL_CUDA_ON_CPU_SEED", 1));
   std::mt19937 random(seed * 7919u + launches++);
@@ -393,10 +407,11 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
     throw std::runtime_error("cuda_on_cpu: a launch of " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads");
   if (running) throw std::runtime_error("cuda_on_cpu: a launch within a kernel");
+  ++launched;
   std::vector<size_t> order(blocks);
   for (size_t i = 0; i < blocks; ++i) order[i] = i;
   if (seed) std::shuffle(order.begin(), order.end(), random);
-  Block one(grid, block, shared_bytes, body, random, seed != 0);
+  Block one(grid, block, shared_bytes, most_static, body, random, seed != 0);
   for (size_t i : order)
     one.run(dim3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)));
 }

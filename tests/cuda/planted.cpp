@@ -16,6 +16,10 @@ bool planted(const char* name) { return fault == name; }
 __global__ void block_sums(const float* x, int n, float* out) {
   PSSL_DYNAMIC_SHARED(float, tile);
   PSSL_SHARED(warps, float[kThreads / kWarp]);
+  if (planted("much static shared")) {
+    PSSL_SHARED(much, float[kMostStaticShared / sizeof(float)]);
+    much[0] = 0;
+  }
   const int thread = block_thread(), lane = thread % kWarp;
   float sum = 0;
   const int end = planted("global overrun") ? n + 1 : n;
@@ -55,7 +59,8 @@ int main(int argc, char** argv) {
     for (int run = 0; run < 4; ++run) {
       float* out = new float[kBlocks]();
       const size_t shared = kThreads * sizeof(float);
-      cuda_on_cpu::launch(dim3(kBlocks), dim3(kThreads), shared, [&] { block_sums(x, n, out); });
+      cuda_on_cpu::launch(dim3(kBlocks), dim3(kThreads), shared, kMostStaticShared,
+                          [&] { block_sums(x, n, out); });
       float sum = 0;
       for (int b = 0; b < kBlocks; ++b) sum += out[b];
       std::printf("%g\n", sum);

@@ -13,6 +13,7 @@ FAULTS = {
     "global overrun": "heap-buffer-overflow",
     "dynamic shared overrun": "heap-buffer-overflow",
     "static shared overrun": "index 3 out of bounds|AddressSanitizer",
+    "much static shared": "static shared memory of 4112 bytes beside dynamic, at most 4096",
     "missing barrier": "^-?nan",
     "uninitialised": "^-?nan",
     "returned before a barrier": r"divergent barrier: 64 of 96 threads reached it",
