@@ -3,8 +3,9 @@
     pytest -p triton_on_cpu tests/ops
 
 with tests/triton on PYTHONPATH. Cases of other backends are left out. TRITON_INTERPRET has to be set before the first
-kernel is defined, hence a process of its own. Three things of the interpreter are mended: it multiplies bfloat16
-matrices by their raw bits, cuts float32 to bfloat16 where GPUs round, and reads and writes wherever a pointer leads.
+kernel is defined, hence a process of its own. Four things of the interpreter are mended: it multiplies bfloat16
+matrices by their raw bits, cuts float32 to bfloat16 where GPUs round, reads and writes wherever a pointer leads, and in
+Triton 3.6 makes numbers of arrays of one element, which numpy refuses since 2.4.
 """
 
 from __future__ import annotations
@@ -49,6 +50,16 @@ def mend_bfloat16(interpreter) -> None:
 
     interpreter._convert_float = _convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def mend_index(interpreter) -> None:
+    patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, *rest):
+        patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 
 def check_bounds(interpreter) -> None:
@@ -121,6 +132,7 @@ def pytest_load_initial_conftests():
     from triton.runtime import interpreter
 
     mend_bfloat16(interpreter)
+    mend_index(interpreter)
     check_bounds(interpreter)
     patch_once(interpreter)
 
