@@ -93,6 +93,23 @@ def power_thresholds(powers: Sequence[float]) -> list[float]:
     return points
 
 
+def _on_device(values: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``values`` as a tensor there, without waiting for the device; a CUDA graph keeps them as they are now."""
+    if isinstance(values, Tensor) or device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.as_tensor(values, dtype=dtype, device=device)
+    if (
+        torch.cuda.is_current_stream_capturing()
+    ):  # a graph holds no copy from the host; numbers travel with a launch
+        return by_launches(values, torch.zeros(len(values), dtype=dtype, device=device))
+    return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def by_launches(values: Sequence[float], zeros: Tensor) -> Tensor:
+    if len(values):
+        torch._foreach_add_(list(zeros.unbind()), [float(v) for v in values])
+    return zeros
+
+
 def _bytes_moved(cams, class_ids, ground_truth, thresholds=None, **_) -> tuple[int, int]:
     lists = [x if isinstance(x, (list, tuple)) else [x] for x in (cams, ground_truth)]
     return sum(t.numel() * t.element_size() for ts in lists for t in ts), 0
@@ -221,7 +238,7 @@ def cam_sweep(
     if power is not None:
         thresholds = power_thresholds(power)
     dtype = accumulation_dtype(*cams)
-    thresholds = torch.as_tensor(thresholds, dtype=dtype, device=device)
+    thresholds = _on_device(thresholds, dtype, device)
     checks.require(thresholds.ndim == 1, OP, "thresholds", "[T]", thresholds)
     args = (list(cams), list(class_ids), list(ground_truth), thresholds, num_regions, normalize, ignore_index)
     return call(OP, backend, *args)

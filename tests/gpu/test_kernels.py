@@ -13,6 +13,7 @@ from calls import kernels
 from gpu_for_cpu import on_device
 from problems import real_size
 
+from pssl_ext.ops.cam_sweep import by_launches
 from pssl_ext.registry import OPS
 from pssl_ext.testing import Case, assert_same_bits, check, run, samples
 
@@ -68,6 +69,15 @@ def test_the_tests_for_cpu_tensors(name):
     )
     passed = re.search(r"(\d+) passed", found.stdout)
     assert found.returncode == 0 and passed and int(passed[1]) > 0, found.stdout[-10000:] + found.stderr
+
+
+def test_thresholds_in_a_graph():
+    """What a captured call makes of a list of thresholds, here without a graph."""
+    values = [0.1, 0.5, float("nan"), float("inf"), -float("inf"), 1e-9, *(i / 1000 for i in range(400))]
+    for dtype in (torch.float32, torch.float64):
+        made = by_launches(values, torch.zeros(len(values), dtype=dtype))
+        torch.testing.assert_close(made, torch.tensor(values, dtype=dtype), rtol=0, atol=0, equal_nan=True)
+    assert by_launches([], torch.zeros(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("op", ["random_walk", "prototype_pool", "cam_compare"])

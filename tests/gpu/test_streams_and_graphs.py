@@ -1,4 +1,4 @@
-"""Kernels run on the current stream, wait for nothing, and can be captured: every operator, forward and backward."""
+"""Calls run on the current stream, wait for nothing, and can be captured: every operator, forward and backward."""
 
 import pytest
 import torch
@@ -40,6 +40,18 @@ def test_another_stream(op, sample_id, backend):
         got = call.run(before_backward=lambda: arrive(slice(count, None)))
     stream.synchronize()
     assert_equal(got, expected, f"{op} {sample_id} on another stream")
+
+
+@every_case
+def test_no_wait(op, sample_id, backend):
+    """As far as torch sees: copies to the host and of its pageable memory, values asked for."""
+    call = call_of(op, sample_id, backend)
+    call.run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @every_case
