@@ -16,7 +16,8 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/* csrc/*/*)
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: train pipeline test env install lint format cuda-resources test-gpu triton-resources clean
+.PHONY: train pipeline test env install lint format cuda-resources triton-resources clean
+.PHONY: test-gpu test-gpu-build test-gpu-ops test-gpu-kernels test-gpu-sanitizer test-gpu-large
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.installed
@@ -53,12 +54,31 @@ triton-resources: $(VENV)/.installed-dev
 	$(BIN)/python build_tools/triton_resources.py
 
 # On a machine with a GPU, in the Python and with the torch that are there, offline: builds for that GPU, then runs the
-# operators' tests on it and what only a GPU shows. The workspace setting is what cuBLAS needs for the same bits twice.
-test-gpu:
+# operators' tests on it and what only a GPU shows. The parts are for machines whose commands are cut off after some
+# minutes: `make test-gpu-build test-gpu-ops`, then the others. Tests run side by side where pytest-xdist is installed,
+# but for the large ones, which want the memory. The workspace setting is what cuBLAS needs for the same bits twice.
+test-gpu: test-gpu-build test-gpu-ops test-gpu-kernels test-gpu-sanitizer test-gpu-large
+
+GPU_PYTEST = PYTHONPATH=tests/gpu$${PYTHONPATH:+:$$PYTHONPATH} CUBLAS_WORKSPACE_CONFIG=:4096:8 \
+	$(PYTHON) -m pytest -p on_gpu -q
+GPU_WORKERS = $$($(PYTHON) tests/gpu/machine.py --workers)
+
+test-gpu-build:
 	$(PYTHON) tests/gpu/machine.py
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(PYTHON) tests/gpu/machine.py --capability)}" \
 		$(PYTHON) -m pip install -e . --no-build-isolation --no-deps
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) -m pytest tests/ops tests/gpu $(ARGS)
+
+test-gpu-ops:
+	$(GPU_PYTEST) $(GPU_WORKERS) tests/ops $(ARGS)
+
+test-gpu-kernels:
+	$(GPU_PYTEST) $(GPU_WORKERS) tests/gpu/test_kernels.py tests/gpu/test_streams_and_graphs.py $(ARGS)
+
+test-gpu-sanitizer:
+	$(GPU_PYTEST) $(GPU_WORKERS) tests/gpu/test_sanitizer.py $(ARGS)
+
+test-gpu-large:
+	$(GPU_PYTEST) tests/gpu/test_large.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) pssl_ext/_build.json

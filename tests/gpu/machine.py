@@ -1,6 +1,6 @@
 """Whether this machine can run what `make test-gpu` runs: a GPU that torch sees, nvcc, compute-sanitizer, packages. A
 script: ends with what is missing, before anything is built; --capability prints the GPU's, as TORCH_CUDA_ARCH_LIST
-takes it."""
+takes it, --workers what lets pytest run tests side by side, where pytest-xdist is installed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,16 @@ def missing() -> list[str]:
     return found
 
 
+def workers() -> str:
+    """Most of the time goes to compiling Triton kernels and to starting processes, so that a GPU serves several."""
+    count = min(8, (os.cpu_count() or 2) // 2)
+    return f"-n {count}" if count > 1 and importlib.util.find_spec("xdist") else ""
+
+
 def main(arguments: list[str]) -> int:
+    if arguments == ["--workers"]:
+        print(workers())
+        return 0
     if problems := missing():
         print("test-gpu: this machine lacks " + "; ".join(problems), file=sys.stderr)
         return 1

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 def test_sanitizer(tool, op):
     sanitizer = machine.find_sanitizer()
     assert sanitizer, "compute-sanitizer is neither on PATH nor in the CUDA toolkit"
-    watch = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    watch = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
     # torch asks the driver for what may not be there
     watch += ["--report-api-errors", "no"] if tool == "memcheck" else []
     command = [*watch, sys.executable, str(HERE / "drive.py"), "--ops", op, "--dtypes", "float32,bfloat16"]
