@@ -141,7 +141,13 @@ def compile_all(architecture: int, classes: int, seen: set[int]) -> Iterator[dic
             "warps": compiled.metadata.num_warps,
             **figures(compiled.asm["cubin"]),
             "multiplies": "tt.dot" in compiled.asm["ttir"],
+            "bundled": all(bundled(a) for a in launch.args if isinstance(a, tuple)),
         }
+
+
+def bundled(argument: tuple) -> bool:
+    """Whether Triton 3.6 compiles it too: see ``bundle`` in pssl_ext/triton/launch.py."""
+    return argument[-1] is None or not any(isinstance(a, tuple) for a in argument)
 
 
 def figures(cubin: bytes) -> dict:
@@ -171,6 +177,8 @@ def faults(entry: dict) -> list[str]:
     found = []
     if entry["spilled"] > SPILL_LIMIT:
         found.append(f"spills {entry['spilled']} bytes, more than {SPILL_LIMIT}")
+    if not entry["bundled"]:
+        found.append("takes tuples in a tuple that bundle() has not made")
     if entry["multiplies"] and not entry["matrix"]:
         found.append("multiplies matrices without a matrix instruction")
     return found

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pssl_ext.triton.cells import add_up
-from pssl_ext.triton.launch import cdiv, launch, view
+from pssl_ext.triton.launch import bundle, cdiv, launch, view
 from pssl_ext.triton.pixels import axis_source, first_output, fraction
 
 CHUNK = 1024  # pixels of a program
@@ -201,7 +201,7 @@ class _Problem:
         self, main: list[Tensor], support: list[Tensor], labels: Tensor, height: int, width: int, cosine: bool
     ) -> None:
         maps = [*main, *support]
-        self.maps, self.sizes = tuple(view(m) for m in maps), tuple(tuple(m.shape[-2:]) for m in maps)
+        self.maps, self.sizes = bundle(*map(view, maps)), bundle(*(tuple(m.shape[-2:]) for m in maps))
         self.labels = view(labels.view(torch.uint8) if labels.dtype == torch.bool else labels)
         self.size, self.classes, self.pairs = (height, width), labels.shape[1], labels.numel()
         self.chunks = cdiv(height * width, CHUNK)

@@ -35,6 +35,13 @@ def view(tensor: Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor, *tensor.stride())
 
 
+def bundle(*values: Any) -> tuple:
+    """Tuples and others as one argument of a kernel, which takes them with one more at the end. Triton 3.6 puts
+    constants, a stride of 1 among them, into inner tuples without telling the outer one's type, from which loops make
+    it anew; a constant of the outer one's own, behind them, has the type taken again."""
+    return (*values, None)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

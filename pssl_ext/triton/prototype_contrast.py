@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pssl_ext.triton.arithmetic import inverse_norm
 from pssl_ext.triton.cells import add_up, cell_maps, class_sums, feature_gradient
-from pssl_ext.triton.launch import Features, gradient_of, launch, view
+from pssl_ext.triton.launch import Features, bundle, gradient_of, launch, view
 from pssl_ext.triton.pixels import (
     label_grid,
     load_labels,
@@ -168,7 +168,7 @@ def softmax(extra, z, u, b, y, x, live, c, C):
 
 @triton.jit
 def contrast_pixels(extra, z, u, b, y, x, live, c, C):
-    regions, allowed, image, ignore_index, weights, losses = extra
+    regions, allowed, image, ignore_index, weights, losses, _ = extra
     _, counts, _, powers, _, loss = softmax(
         (regions, allowed, image, ignore_index), z, u, b, y, x, live, c, C
     )
@@ -179,7 +179,7 @@ def contrast_pixels(extra, z, u, b, y, x, live, c, C):
 
 @triton.jit
 def contrast_pixels_backward(extra, z, u, b, y, x, live, c, C):
-    regions, allowed, image, ignore_index, weights, grad_loss, grad_total, grad_weights = extra
+    regions, allowed, image, ignore_index, weights, grad_loss, grad_total, grad_weights, _ = extra
     labels, counts, logits, powers, sum, loss = softmax(
         (regions, allowed, image, ignore_index), z, u, b, y, x, live, c, C
     )
@@ -220,7 +220,7 @@ def forward(
     f = Features(features)
     classes = _ClassVectors(f, prototypes, temperature, valid, eps)
     losses = f.new(*regions.shape)
-    extra = (view(regions), *classes.of_pixels, ignore_index, view(weights), view(losses))
+    extra = bundle(view(regions), *classes.of_pixels, ignore_index, view(weights), view(losses))
     size = tuple(regions.shape[1:])
     how = dict(norm=True, eps=eps, totals="all")
     if size == f.sizes[2:]:
@@ -260,7 +260,7 @@ def backward(
     grad_prototypes = gradient_of(prototypes, needs[1])
     grad_temperature = gradient_of(temperature, needs[2])
     grad_weights = gradient_of(weights, needs[3])
-    extra = (
+    extra = bundle(
         view(regions), *classes.of_pixels, ignore_index, view(weights), view(grad_loss), grad_total,
         view(grad_weights) if needs[3] else None,
     )  # fmt: skip

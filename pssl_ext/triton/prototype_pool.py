@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pssl_ext.triton.cells import cell_maps, class_sums, feature_gradient
-from pssl_ext.triton.launch import Features, gradient_of, view
+from pssl_ext.triton.launch import Features, bundle, gradient_of, view
 from pssl_ext.triton.pixels import (
     label_grid,
     load_labels,
@@ -39,7 +39,7 @@ def load_masks(regions, masks, weights, b, y, x, live, ignore_index, c, C):
 
 @triton.jit
 def pool_pixels(extra, z, u, b, y, x, live, c, C):
-    regions, masks, weights, ignore_index = extra
+    regions, masks, weights, ignore_index, _ = extra
     mask, weight = load_masks(regions, masks, weights, b, y, x, live, ignore_index, c, C)
     shares = mask * weight[:, None]
     # 0 · NaN is NaN, and 1/‖F‖ may be that of a pixel that does not count
@@ -48,7 +48,7 @@ def pool_pixels(extra, z, u, b, y, x, live, c, C):
 
 @triton.jit
 def pool_pixels_backward(extra, z, u, b, y, x, live, c, C):
-    regions, masks, weights, ignore_index, grad_mass, grad_masks, grad_weights = extra
+    regions, masks, weights, ignore_index, grad_mass, grad_masks, grad_weights, _ = extra
     mask, weight = load_masks(regions, masks, weights, b, y, x, live, ignore_index, c, C)
     shares = mask * weight[:, None]
     t = z * u[:, None]
@@ -85,7 +85,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # sums [B,C,D], mass [B,C]
     f = Features(features)
     size = tuple(regions.shape[-2:])
-    extra = (*_masks(regions), view(weights), ignore_index)
+    extra = bundle(*_masks(regions), view(weights), ignore_index)
     how = dict(norm=normalize, eps=eps, totals="class")
     if size == f.sizes[2:]:
         shares, mass = same_grid(f, None, num_regions, pool_pixels, extra, keep=True, **how)
@@ -118,7 +118,7 @@ def backward(
     vectors = (
         f.new(f.sizes[0], num_regions, f.sizes[1]).zero_() if grad_sums is None else grad_sums.contiguous()
     )
-    extra = (
+    extra = bundle(
         *_masks(regions), view(weights), ignore_index, None if grad_mass is None else grad_mass.contiguous(),
         view(grad_regions) if needs[1] else None, view(grad_weights) if needs[2] else None,
     )  # fmt: skip
