@@ -13,7 +13,7 @@ from typing import Literal
 import yaml
 
 from pssl.cli import from_dict, parse, to_dict
-from pssl.config import DataConfig, InferenceConfig
+from pssl.config import DataConfig, FolderConfig, InferenceConfig, narrowed
 from pssl.engine import distributed
 from pssl.engine.cam_files import write_cams
 from pssl.engine.checkpoint import write_text
@@ -29,7 +29,7 @@ class CamsConfig:
 
     checkpoint: Path = Path("runs/train/checkpoints/rcm+mam.safetensors")
     """A checkpoint of pssl.train."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: FolderConfig = field(default_factory=FolderConfig)
     split: str = "train"
     """ImageSets split whose images are read (pseudo labels are made for the training images)."""
     readout: Literal["cam", "prototype"] = "cam"
@@ -40,6 +40,9 @@ class CamsConfig:
     device: str = "auto"
     """Torch device, or "auto": CUDA where there is one, else CPU."""
 
+    def __post_init__(self) -> None:
+        self.data = narrowed(FolderConfig, self.data)  # a training's says more
+
 
 def run(config: CamsConfig, log: Log | None = None) -> int:
     """Write the files of a split; returns how many this rank wrote. Images are read as in training."""
@@ -47,16 +50,14 @@ def run(config: CamsConfig, log: Log | None = None) -> int:
     distributed.start(device)
     log = log or Log()
     trained = load_net(config.checkpoint, device)
-    config.data.size, config.data.loading = trained.size, trained.loading
+    data = DataConfig(**vars(config.data), size=trained.size, loading=trained.loading)
     folder = open_data(config.data)
     if tuple(folder.classes) != trained.classes:
         raise ValueError(
             f"data.root={folder.root}: expected the checkpoint's classes {trained.classes}, got {folder.classes}"
         )
     ids = folder.ids(config.split)
-    inputs = build_inputs(
-        folder, ids, trained.net, config.data, trained.model, {1.0, *config.inference.scales}, log
-    )
+    inputs = build_inputs(folder, ids, trained.net, data, trained.model, {1.0, *config.inference.scales}, log)
     own = distributed.share(range(len(ids)))
     prototypes = trained.prototypes if config.readout == "prototype" else None
 

@@ -7,18 +7,30 @@ A key that no field has is an error that names the nearest one.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 T = TypeVar("T")
 RECIPES = Path(__file__).parent / "recipes"
@@ -41,6 +53,53 @@ Integers = Annotated[tuple[int, ...], _list_of(int, "I,J,..")]
 Names = Annotated[tuple[str, ...], _list_of(str, "A,B,..")]
 
 
+NOTES = (
+    '--config FILE.yaml sets values before flags do, by the same names: "data: {root: VOC2012}". It may be given '
+    "several times, and a run's own config.yaml is one.",
+    '"Paper": Yoon et al., arXiv 2112.05351. "Measured": chosen on the training images of the data named.',
+)
+
+_SECTIONS = ConstructorRegistry()
+
+
+@_SECTIONS.struct_rule
+def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A dataclass as tyro reads it, but for its fields' texts, which tyro would break where the source does."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    hints = typing.get_type_hints(info.type, include_extras=True)
+    fields = (
+        StructFieldSpec(
+            item.name,
+            hints[item.name],
+            getattr(info.default, item.name),
+            partial(lambda name: field_texts(info.type).get(name), item.name),
+        )
+        for item in dataclasses.fields(info.type)
+    )
+    return StructConstructorSpec(info.type, tuple(fields))
+
+
+@cache
+def field_texts(kind: type) -> dict[str, str]:
+    """What the docstring after each field of a dataclass says, as one line."""
+    texts = {}
+    for part in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
+        for entry, after in itertools.pairwise(body):
+            if isinstance(entry, ast.AnnAssign) and isinstance(after, ast.Expr):
+                texts[entry.target.id] = " ".join(ast.literal_eval(after.value).split())
+    return texts
+
+
+def _command_line(kind: type[T], prog: str | None, flags: list[str], default: T) -> T:
+    columns = min(shutil.get_terminal_size().columns, 110)
+    # lines that begin with a blank are left as they are
+    notes = [textwrap.fill(note, columns, subsequent_indent="  ") for note in NOTES]
+    text = "\n".join([textwrap.fill(" ".join((kind.__doc__ or "").split()), columns), *notes])
+    return tyro.cli(kind, prog=prog, description=text, args=flags, default=default, registry=_SECTIONS)
+
+
 def parse(kind: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
     """The configuration that `argv` (default: the command line) describes; exits with a message if it is wrong.
 
@@ -51,7 +110,10 @@ def parse(kind: type[T], argv: list[str] | None = None, prog: str | None = None)
         files, flags = _take_config_files(argv)
         base = overlay(kind(), *[_read(path) for path in files])
         if hasattr(base, "recipes"):
-            chosen = tyro.cli(kind, prog=prog, args=flags, default=base).recipes
+            helpless = [
+                flag for flag in flags if flag not in ("-h", "--help")
+            ]  # which shows the recipe's values
+            chosen = _command_line(kind, prog, helpless, base).recipes
             recipes = [_within(section, *_read(_recipe_path(name))) for section, name in chosen.items()]
             named = [
                 _within(section, name, {"recipe": name.rpartition("/")[2]})
@@ -60,7 +122,7 @@ def parse(kind: type[T], argv: list[str] | None = None, prog: str | None = None)
             base = overlay(kind(), *recipes, *[_read(path) for path in files], *named)
             for section in chosen:
                 flags = _without(flags, f"--{section}.recipe" if section else "--recipe")
-        return tyro.cli(kind, prog=prog, args=flags, default=base)
+        return _command_line(kind, prog, flags, base)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
 

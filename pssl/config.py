@@ -14,12 +14,14 @@ arXiv 2112.05351. "Measured" means chosen on the training part of the data in qu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pssl.cli import Floats, Integers, Names
 from pssl.data.open import Layout
+
+T = TypeVar("T")
 
 ARMS = ("classifier", "classifier_long", "rcm", "mam", "rcm+mam")
 """What is trained by default: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1
@@ -47,6 +49,11 @@ RECIPE_OF_BACKBONE = {
 """The recipe (``pssl/recipes/NAME.yaml``) that ``recipe: auto`` stands for."""
 
 
+def narrowed(kind: type[T], config: T) -> T:
+    """The part of a configuration that one of its base classes has, as such."""
+    return kind(**{item.name: getattr(config, item.name) for item in fields(kind)})
+
+
 def require(name: str, value: object, good: bool, expected: str) -> None:
     """ValueError unless `good`."""
     if not good:
@@ -59,8 +66,8 @@ def require_scales(scales: Sequence[float]) -> None:
 
 
 @dataclass
-class DataConfig:
-    """Which images, and how large they are shown to the network."""
+class FolderConfig:
+    """Where images, image-level labels and masks are."""
 
     root: Path | None = None
     """Folder in VOC's layout, or COCO's. None: the embedded synthetic set, written once to the cache folder."""
@@ -70,11 +77,6 @@ class DataConfig:
     variant: Literal["parts", "uniform"] = "parts"
     """Variant of the embedded set. "parts": objects have a small discriminative part and a plain body, which is
     where CAMs fail; "uniform": objects are discriminative all over (the control)."""
-    train_split: str = "train"
-    """Split to train on: a list of ImageSets/Segmentation (VOC), an annotation file's name (COCO: train2014), or the
-    path of a list that ends in .txt and names images, or files: "JPEGImages/a.jpg SegmentationClassAug/a.png"."""
-    val_split: str = "val"
-    """Split held out, named likewise."""
     labels: str = "auto"
     """Image-level labels: "main" (ImageSets/Main), "annotations" (XML), "auto" (XML where it is there, else Main;
     COCO: its objects), or a file: .csv, or the cls_labels.npy of AffinityNet and IRN, which is not unpickled."""
@@ -82,6 +84,28 @@ class DataConfig:
     """VOC's folder of ground-truth masks; SegmentationClassAug for those of SBD (Hariharan et al. 2011)."""
     classes: Path | None = None
     """File of class names, one a line, line k being region k. None: the folder's classes.txt, else found in it."""
+
+
+@dataclass
+class SplitsConfig(FolderConfig):
+    """Which images, and how large they are shown to the network."""
+
+    train_split: str = "train"
+    """Split to train on: a list of ImageSets/Segmentation (VOC), an annotation file's name (COCO: train2014), or the
+    path of a list that ends in .txt and names images, or files: "JPEGImages/a.jpg SegmentationClassAug/a.png"."""
+    val_split: str = "val"
+    """Split held out, named likewise."""
+    size: int = 96
+    """Side in pixels of the square that training shows. 96: the embedded set's own size; SEAM 448, IRN 512."""
+
+    def __post_init__(self) -> None:
+        require("size", self.size, self.size >= 1, "1 or more")
+
+
+@dataclass
+class DataConfig(SplitsConfig):
+    """Which images, and how they are shown to the network."""
+
     check: Literal["headers", "decode", "nothing"] = "headers"
     """What is looked at before training: whether files are there, whole and of one size ("headers": first and last
     bytes; "decode": every pixel). Images that are not are named and left out."""
@@ -89,8 +113,6 @@ class DataConfig:
     """"memory": every image is resized to a square of side `size` once, and kept. "files": images are read when they
     are needed, in their own proportions: cut to `size` for training, whole and as large as they are for CAMs (SEAM,
     IRN)."""
-    size: int = 96
-    """Side in pixels of the square that training shows. 96: the embedded set's own size; SEAM 448, IRN 512."""
     zoom: Floats = (1.0, 1.25)
     """Training images are resized by a random factor, so that their longer side is `size` times a number of this range,
     then cut or padded to `size` at random. Measured on the embedded set; SEAM's 448 to 768 is (1, 1.714), IRN's 320 to
@@ -102,7 +124,7 @@ class DataConfig:
     """Threads that read images while the network computes, for `loading: files`."""
 
     def __post_init__(self) -> None:
-        require("size", self.size, self.size >= 1, "1 or more")
+        super().__post_init__()
         rising = len(self.zoom) == 2 and 0 < self.zoom[0] <= self.zoom[1]
         require("zoom", self.zoom, rising, "two numbers above 0, the smaller first")
 
@@ -186,7 +208,7 @@ class ScheduleConfig(OptimizerConfig):
     """Epochs of stage 1, the classifier alone. Measured on the embedded set: from 17 to 30 its CAMs
     change by less than seeds differ, and what the arms add to them doubles."""
     arm_epochs: int = 4
-    """Epochs of each arm after stage 1 (DESIGN: 12 + 5 epochs on photographs)."""
+    """Epochs of each arm after stage 1. Recipes measured 3 on the embedded set, 5 on photographs."""
     head_layers: Literal["cam", "new"] = "cam"
     """What `head_lr_factor` applies to. "cam": the CAM layer, measured on the embedded set; "new": all layers that are
     not the backbone's, as AffinityNet, SEAM and IRN do."""
@@ -202,7 +224,7 @@ class SupportConfig:
     """"ema": moving average of MainNet; "frozen": MainNet as it was when the arm started; "shared": MainNet's own
     weights, in eval mode and without gradient."""
     momentum: float = 0.996
-    """support <- momentum * support + (1 - momentum) * main, after each step (DESIGN, section 9)."""
+    """support <- momentum * support + (1 - momentum) * main, after each step. 0.996: as BYOL (Grill et al. 2020)."""
     scales: Floats = (0.5, 1.0, 1.5, 2.0)
     """Scales of SupportNet's CAMs (paper)."""
 
@@ -223,7 +245,8 @@ class RCMConfig:
     temperature: float = 0.5
     """Temperature of the softmax over cosines (paper: 0.5)."""
     memory: int = 5
-    """Prototypes kept per class for images whose batch holds no other image of that class (DESIGN, section 9)."""
+    """Prototypes kept per class for images whose batch holds no other image of that class. Measured on
+    photographs."""
     refresh_epochs: int = 0
     """Every so many epochs of an arm, SupportNet starts anew as MainNet, and from the first time on the region masks
     are its prototype readout, by prototypes of the whole training split, instead of its CAMs. Each time the masks
@@ -234,11 +257,11 @@ class RCMConfig:
     readout_background: float = 0.55
     """`background` of masks by the readout. Measured on photographs."""
     label_stride: int = 1
-    """The region mask has side `data.size // label_stride`: 1 is label resolution (DESIGN, section 9), the backbone's
-    stride its feature grid."""
+    """The region mask has side `data.size // label_stride`: 1 is label resolution, the backbone's stride its feature
+    grid."""
     prototypes: Literal["leave_one_out", "batch"] = "leave_one_out"
     """What an image's pixels are compared with. "leave_one_out": the mean prototypes of the other images of the batch,
-    so that no image confirms its own mask (DESIGN, section 9); "batch": those of all of them, itself included."""
+    so that no image confirms its own mask (measured on photographs); "batch": those of all of them, itself included."""
     from_epoch: int = 0
     """First epoch of an arm, counted from 0, in which the term takes part."""
 
@@ -263,7 +286,7 @@ class MAMConfig:
     all of `scales` must be SupportNet's too), or the "other" ones."""
     from_epoch: int = 0
     """First epoch of an arm, counted from 0, in which the term takes part: in rcm+mam above 0 makes a stage with RCM
-    alone, then one with both (DESIGN, section 9)."""
+    alone, then one with both."""
 
     def __post_init__(self) -> None:
         require_scales(self.scales)
@@ -341,19 +364,25 @@ class InferenceConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class SweepConfig:
     """How CAMs are scored."""
 
     steps: int = 100
     """Background thresholds tried: i/steps for i in 1..steps-1."""
+
+    def __post_init__(self) -> None:
+        require("steps", self.steps, self.steps >= 2, "2 or more")
+
+
+@dataclass
+class EvaluationConfig(SweepConfig):
+    """How CAMs are scored."""
+
     train_images: int | None = None
     """Score this many images of the training split, evenly spaced in its list. None: all."""
     every: int = 0
     """Score the CAMs on these training images after every so many epochs too, and keep the best network as
     checkpoints/ARM.best.safetensors. Held images have no say in it. 0: never."""
-
-    def __post_init__(self) -> None:
-        require("steps", self.steps, self.steps >= 2, "2 or more")
 
 
 @dataclass
@@ -393,7 +422,8 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     recipe: str = "auto"
-    """Defaults to start from: a file of pssl/recipes, or "auto": the backbone's own (RECIPE_OF_BACKBONE)."""
+    """Defaults to start from: synthetic, photographs, voc12_resnet38d, voc12_resnet50, coco14_resnet50, voc12_vit
+    (files of pssl/recipes), or "auto": the backbone's own."""
     out: Path = Path("runs/train")
     """Folder for everything the run leaves behind."""
     arms: Names = ARMS

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pssl.cli import Floats, parse
-from pssl.config import DataConfig, EvaluationConfig
+from pssl.config import FolderConfig, SweepConfig, narrowed
 from pssl.data.open import DataFolder
 from pssl.data.voc import read_label_png
 from pssl.engine import distributed
@@ -35,7 +36,7 @@ class EvaluateConfig:
     """Folder of pssl.cams."""
     labels: Path | None = None
     """Folder of label PNGs to score in place of CAMs: of pssl.refine, of pssl.segment, or any others."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: FolderConfig = field(default_factory=FolderConfig)
     split: str = "train"
     """ImageSets split to score; every image of it needs a file."""
     images: int | None = None
@@ -45,13 +46,15 @@ class EvaluateConfig:
     powers: Floats = ()
     """CAMs: background scores (1 - max CAM)^alpha for these alphas in place of thresholds (AffinityNet's 4 to 32); of
     several the best on this split is named."""
-    unsure: str = "missed"
+    unsure: Literal["missed", "ignored"] = "missed"
     """Label PNGs: a pixel of value 255 counts as "missed" by its region, or is "ignored"."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: SweepConfig = field(default_factory=SweepConfig)
     out: Path | None = None
     """JSON file to write. None: scores.json in the folder that is scored."""
 
     def __post_init__(self) -> None:
+        self.data = narrowed(FolderConfig, self.data)
+        self.evaluation = narrowed(SweepConfig, self.evaluation)
         if self.unsure not in ("missed", "ignored"):
             raise ValueError(f"unsure: expected 'missed' or 'ignored', got {self.unsure!r}")
         if self.powers and self.threshold is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pssl.cams import CamsConfig, made_from
 from pssl.cli import parse, to_dict
-from pssl.config import DataConfig
+from pssl.config import DataConfig, FolderConfig, narrowed
 from pssl.data.open import DataFolder
 from pssl.data.palette import write_label_png
 from pssl.engine import distributed
@@ -54,7 +54,7 @@ class RefineConfig(RefineSettings):
     """Folder of pssl.cams, or .npz files of another program like its."""
     checkpoint: Path | None = None
     """The CAM network, for its features and its threshold. None: the one that cams.yaml beside the CAMs names."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: FolderConfig = field(default_factory=FolderConfig)
     split: str = "train"
     """ImageSets split to label; every image of it needs CAMs."""
     images: int | None = None
@@ -67,6 +67,10 @@ class RefineConfig(RefineSettings):
     """Images at a time, a thread each. None: as many as processors."""
     device: str = "auto"
     """Torch device of the networks, or "auto": CUDA where there is one, else CPU. CRF, PAR and walk are on the CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.data = narrowed(FolderConfig, self.data)  # a training's says more
 
 
 def resolve(config: RefineConfig) -> tuple[RefineConfig, CamsConfig | None]:
@@ -95,9 +99,11 @@ def open_affinities(
     """The CAM network with affinities, loaded or trained on this split."""
     settings = config.affinity
     trained = load_net(config.checkpoint, resolve_device(config.device))
-    config.data.size, config.data.loading = trained.size, "memory"  # labels lie on one grid for all images
+    data = DataConfig(
+        **vars(config.data), size=trained.size
+    )  # in memory: labels lie on one grid for all images
     scales = {1.0, settings.scale, *(source.inference.scales if source else ())}
-    inputs = build_inputs(folder, ids, trained.net, config.data, trained.model, scales, log)
+    inputs = build_inputs(folder, ids, trained.net, data, trained.model, scales, log)
     digest = file_digest(config.checkpoint)
     if settings.checkpoint is not None:
         head = load_head(settings.checkpoint, trained.net, settings, digest)

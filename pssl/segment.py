@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pssl.cli import parse, to_dict
-from pssl.config import DataConfig
+from pssl.config import SplitsConfig, narrowed
 from pssl.data.open import DataFolder
 from pssl.data.voc import read_label_png
 from pssl.engine import distributed
@@ -46,7 +46,7 @@ class SegmentConfig(SegmentSettings):
 
     labels: Path = Path("runs/labels")
     """Folder of label PNGs for the training split: of pssl.refine, or others; 255 is not learnt from."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: SplitsConfig = field(default_factory=SplitsConfig)
     images: int | None = None
     """Train on this many images, evenly spaced in the split's list. None: all."""
     checkpoint: Path | None = None
@@ -61,6 +61,9 @@ class SegmentConfig(SegmentSettings):
     """Torch device, or "auto": CUDA where there is one, else CPU. The CRF is on the CPU."""
     resume: bool = False
     """Carry on from what OUT holds; the configuration must be the same."""
+
+    def __post_init__(self) -> None:
+        self.data = narrowed(SplitsConfig, self.data)  # a CAM training's says more
 
     @property
     def recipes(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pssl.cli import from_dict, to_dict
-from pssl.config import BackboneConfig, DataConfig, EngineConfig, ModelConfig
+from pssl.config import BackboneConfig, DataConfig, EngineConfig, FolderConfig, ModelConfig
 from pssl.data.cache import cache_dir
 from pssl.data.check import check_images, check_labels
 from pssl.data.open import DataFolder, open_folder
@@ -43,7 +43,7 @@ def memory_format(engine: EngineConfig) -> torch.memory_format:
     return torch.channels_last if engine.channels_last else torch.contiguous_format
 
 
-def open_data(config: DataConfig) -> DataFolder:
+def open_data(config: FolderConfig) -> DataFolder:
     """The data folder of the configuration; the embedded set is written first if need be."""
     if config.root is not None:
         return open_folder(

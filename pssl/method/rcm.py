@@ -1,7 +1,7 @@
 """RCM, the Regional Contrastive Module: pull each pixel's feature to the prototype of its region.
 
 SupportNet's CAMs give a region mask; its features, averaged by region, give prototypes; MainNet's features are
-classified by their cosines to the prototypes of *other* images (paper, section 3; DESIGN, section 9).
+classified by their cosines to the prototypes of *other* images (paper, section 3).
 """
 
 from __future__ import annotations

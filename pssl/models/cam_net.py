@@ -31,7 +31,7 @@ class CamOutput(NamedTuple):
 
 
 class CamNet(nn.Module):
-    """Backbone -> 1x1 conv -> ReLU = features -> 1x1 conv without bias = CAM (DESIGN, section 9).
+    """Backbone -> 1x1 conv -> ReLU = features -> 1x1 conv without bias = CAM.
 
     Without a bias the pooled CAM is the class logit, so a location's CAM value is its share of that logit (Zhou et
     al. 2016, in the fully convolutional form of AffinityNet and SEAM).

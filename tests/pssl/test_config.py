@@ -1,12 +1,15 @@
 """Configuration: files, flags, recipes, and what happens to a wrong key or value."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
-from pssl.cli import from_dict, parse, to_dict, to_yaml
-from pssl.config import TrainConfig
+from pssl.cams import CamsConfig
+from pssl.cli import field_texts, from_dict, parse, to_dict, to_yaml
+from pssl.config import DataConfig, FolderConfig, TrainConfig
+from pssl.evaluate import EvaluateConfig
 
 
 def parse_error(capsys: pytest.CaptureFixture, *argv: str) -> str:
@@ -108,6 +111,39 @@ def test_wrong_flags(capsys):
     assert "expected one of coco14_resnet50, photographs" in parse_error(capsys, "--recipe", "nothing")
     assert "--data.root" in parse_error(capsys, "--data.rot", "x")
     assert "expected a YAML file" in parse_error(capsys, "--config")
+
+
+def help_of(kind, capsys, monkeypatch, *argv):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as end:
+        parse(kind, [*argv, "--help"])
+    assert end.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_help_runs_on_over_the_lines_of_the_source(capsys, monkeypatch):
+    text = help_of(TrainConfig, capsys, monkeypatch)
+    assert max(map(len, text.splitlines())) <= 100
+    lines = [line.strip("│ ") for line in text.splitlines()]  # a frame only where the terminal has one
+    begin = lines.index("--data.check {headers,decode,nothing}")
+    whole = " ".join(field_texts(DataConfig)["check"].split())
+    assert " ".join(lines[begin + 1 : begin + 4]) == f"{whole} (default: headers)"
+    assert len(lines[begin + 1]) > 80, "a line is filled"
+
+
+def test_help_shows_the_values_of_the_recipe_and_nothing_without_effect(capsys, monkeypatch):
+    shown = help_of(TrainConfig, capsys, monkeypatch, "--recipe", "voc12_resnet38d")
+    assert "SEAM 448, IRN 512. (default: 448)" in " ".join(shown.replace("│", " ").split())
+    assert "--config FILE.yaml" in shown
+    for kind in (CamsConfig, EvaluateConfig):
+        shown = help_of(kind, capsys, monkeypatch)
+        assert "--data.root" in shown
+        assert not {"--data.zoom", "--data.size", "--evaluation.every"} & set(shown.split())
+
+
+def test_stages_take_of_a_training_what_they_need():
+    data = DataConfig(root=Path("somewhere"), size=7, workers=9)
+    assert to_dict(CamsConfig(data=data))["data"] == to_dict(FolderConfig(root=Path("somewhere")))
 
 
 def test_every_field_says_what_it_is(capsys):
