@@ -1,5 +1,7 @@
 """ResNet38d and timm's networks: what they compute, which weights fit them, what stays fixed."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,6 +210,31 @@ def test_timm_transformer(timm, tmp_path):
             net.backbone(images).flatten(2).transpose(1, 2), tokens, rtol=1e-4, atol=1e-4
         )
         assert net.backbone(torch.rand(1, 3, 70, 33)).shape == (1, 192, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"timm is not installed; `pip install pssl\[timm\]`"),
+        (
+            # what a torchvision built for CUDA says beside a CPU torch
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            r"timm is installed but cannot be imported \(operator torchvision::nms does not exist\)\. It needs "
+            "torchvision, and one built for CUDA fails beside torch .*: install both from the same index",
+        ),
+        ("import torchvision_that_is_missing", r"timm is installed but cannot be imported \(No module named"),
+    ],
+)
+def test_missing_or_broken_timm_is_said_in_words(tmp_path, monkeypatch, content, message):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    if content is None:
+        monkeypatch.setitem(sys.modules, "timm", None)  # as if there were none
+    else:
+        (tmp_path / "timm.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=rf"model\.backbone=timm: {message}"):
+        net_of(ModelConfig(backbone="timm"), 3)
 
 
 def test_timm_errors(timm):

@@ -17,6 +17,11 @@ WRITTEN_BY_MXNET = (
     "79Na9VTA1O?0e7l1p3{!)3fTZoq2bb9ZWqFQur~U=>zeFcb?mtxbxsvWb@I(l?}-rMl`cvZV`miiACvF$@zI@hKcdzshQ~+CBiU?(h94j"
     "JoEV6{Iblv^!VJ=#5@ipJsF8PX~_J{ypm!70Bn|q"
 )
+# mx.nd.save of MXNet 1.9.1 under mx.util.np_shape(True), which writes v3: a 7 without dimensions, zeros((0, 3)),
+# ones((2, 2)).
+WRITTEN_WITH_NUMPY_SHAPES = (
+    "c-j+UWIzGTQ2Nxb$v<IYs7f9<z~q>)=tEYEtPZA@39Fe6_Q)7!77vt8EK0YkN-fHdPsz;XMHeg1tV(4?6086Kzd;&V"
+)
 
 
 def body(array: np.ndarray) -> bytes:
@@ -89,6 +94,15 @@ def test_file_of_mxnet(read):
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_file_of_mxnet_with_numpy_shapes(read):
+    found = read(zlib.decompress(base64.b85decode(WRITTEN_WITH_NUMPY_SHAPES)))
+    assert {name: (array.shape, array.tolist()) for name, array in found.items()} == {
+        "arg:zero_dim": ((), 7.0),
+        "arg:zero_size": ((0, 3), []),
+        "arg:x": ((2, 2), [[1.0, 1.0], [1.0, 1.0]]),
+    }
 
 
 ONE = version(V2, np.ones((2, 2), np.float32))
