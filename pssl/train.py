@@ -210,7 +210,7 @@ def run(config: TrainConfig, log: Log | None = None) -> dict:
     for seed in config.seed_list:
         out = config.out if len(config.seed_list) == 1 else config.out / f"seed_{seed}"
         runs.append(run_seed(experiment, seed, out))
-    rows = summarise(runs)
+    rows = summarise(runs, {"train": config.data.train_split, "val": config.data.val_split})
     metrics = {
         "data": {
             "root": experiment.folder.name,

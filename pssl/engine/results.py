@@ -24,6 +24,10 @@ COLUMNS = (
     "body",
     "background",
     "seeds",
+    "train_split",
+    "train_images",
+    "val_split",
+    "val_images",
 )
 
 
@@ -54,8 +58,10 @@ def commit(but: str | None = None) -> str | None:
         return None
 
 
-def summarise(runs: list[dict]) -> list[dict]:
+def summarise(runs: list[dict], splits: dict[str, str]) -> list[dict]:
     """One row per arm and readout: mean over runs (seeds) and sample standard deviation, None for one run.
+
+    `splits` names the split of each role, "train" and "val".
 
     `runs` holds, per seed, {"arms": {arm: {"readouts": {readout: {"train": score, "val": score}}}}}. Activation is
     that of the val split.
@@ -69,6 +75,7 @@ def summarise(runs: list[dict]) -> list[dict]:
                 values = [score[split]["miou"] for score in scores]
                 row[f"{split}_miou"] = statistics.mean(values)
                 row[f"{split}_miou_std"] = statistics.stdev(values) if len(values) > 1 else None
+                row[f"{split}_split"], row[f"{split}_images"] = splits[split], scores[0][split]["images"]
             row["threshold"] = statistics.mean(score["val"]["threshold"] for score in scores)
             for area in ("part", "body", "background"):
                 values = [score["val"]["activation"].get(area) for score in scores]
@@ -90,9 +97,12 @@ def to_csv(rows: list[dict]) -> str:
 def to_table(rows: list[dict], title: str) -> Table:
     """The closing table."""
     has_parts = any(row["part"] is not None for row in rows)
-    table = Table(
-        title=title, caption="threshold picked on the train split; activation: mean map value on val"
-    )
+    counted = [
+        f"{role}: {rows[0][f'{role}_images']} images of {rows[0][f'{role}_split']}"
+        for role in ("train", "val")
+    ]
+    how = "threshold picked on train; activation: mean map value on val"
+    table = Table(title=title, caption="; ".join([*counted, how]))
     for name in ("arm", "readout", "mIoU train", "mIoU val", "threshold"):
         table.add_column(name, justify="left" if name in ("arm", "readout") else "right")
     areas = ("part", "body", "background") if has_parts else ("body", "background")

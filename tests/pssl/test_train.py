@@ -57,11 +57,14 @@ def test_all_arms_leave_their_files(tiny_config):
             assert set(scores["val"]["activation"]) == {"part", "body", "background"}
     rows = list(csv.DictReader((out / "summary.csv").open()))
     assert [(r["arm"], r["readout"]) for r in rows] == [(a, r) for a in ARMS for r in ("cam", "prototype")]
+    columns = ("train_split", "train_images", "val_split", "val_images")
+    assert {tuple(row[name] for name in columns) for row in rows} == {("train", "16", "val", "6")}
     losses = list(csv.DictReader((out / "losses.csv").open()))
     assert len(losses) == 5 * 4 and losses[-1]["rcm"] and losses[-1]["mam"] and not losses[0]["rcm"]
     assert len(list((out / "pictures").glob("*.png"))) == 1
     table = log.console.file.getvalue()
     assert all(arm in table for arm in ARMS) and "mIoU val" in table and "threshold picked on" in table
+    assert "train: 16 images of train; val: 6 images of val" in " ".join(table.split())
 
 
 def test_same_seed_same_metrics_and_other_seed_others(tiny_config):
