@@ -126,15 +126,15 @@ class Scorer:
         truth = torch.from_numpy(np.array(mask))
         self.counts += cam_sweep(maps, class_ids, truth, self.thresholds, self.num_regions)
         self.images += 1
-        for cam, region in zip(maps, class_ids.tolist(), strict=True):
+        for cam, region in zip(maps.numpy(), class_ids.tolist(), strict=True):
             if parts is None:
                 areas = {"body": mask == region, "background": mask == 0}
             else:
                 own = mask == region
                 areas = {"part": own & (parts == 1), "body": own & (parts == 2), "background": mask == 0}
             for name, area in areas.items():
-                inside = cam[torch.from_numpy(area)]
-                self.areas[AREAS.index(name)] += torch.tensor([inside.double().sum(), inside.numel()])
+                inside = cam[area]  # NumPy's selection takes a tenth of torch's time
+                self.areas[AREAS.index(name)] += torch.tensor([inside.sum(dtype=np.float64), inside.size])
 
     def result(self) -> Score:
         """The score over all ranks' images. Without part masks, "body" is the whole object and "part" is absent."""
