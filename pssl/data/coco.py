@@ -149,8 +149,10 @@ class COCOFolder:
                     raise ValueError("its categories differ from another split's")
                 self._categories = categories
                 self._read[split] = _index(content, categories)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: expected COCO's instances, got: {error!r}") from None
+            except KeyError as error:
+                raise ValueError(f"{path}: expected COCO's instances, got an entry without {error}") from None
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: expected COCO's instances, got: {error}") from None
         return self._read[split]
 
 
@@ -169,6 +171,9 @@ def _index(content: dict, categories: dict[int, str]) -> dict[str, _Image]:
         check_id(Path(entry["file_name"]).stem, "file_name")
         images[entry["id"]] = _Image(Path(entry["file_name"]).name, int(entry["height"]), int(entry["width"]))
     for entry in content["annotations"]:
+        for key, known in (("image_id", images), ("category_id", region)):
+            if entry[key] not in known:
+                raise ValueError(f"an annotation whose {key} {entry[key]!r} nothing has")
         images[entry["image_id"]].objects.append(
             (region[entry["category_id"]], bool(entry.get("iscrowd")), entry["area"], entry["segmentation"])
         )

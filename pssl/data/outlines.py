@@ -15,7 +15,10 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     `points` floating [n,2] as (x, y); pixel (row r, column c) has its centre at (c + 0.5, r + 0.5). The outline closes
     itself. pycocotools draws on a grid five times finer and may differ by pixels that the outline passes through.
     """
-    start = np.asarray(points, np.float64).reshape(-1, 2)
+    numbers = np.asarray(points, np.float64).ravel()
+    if len(numbers) % 2:
+        raise ValueError(f"polygon: expected pairs of numbers, got {len(numbers)} numbers")
+    start = numbers.reshape(-1, 2)
     if len(start) < 3:
         return np.zeros((height, width), bool)
     end = np.roll(start, -1, 0)

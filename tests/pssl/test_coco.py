@@ -98,9 +98,23 @@ def test_problems_are_named(coco, tmp_path):
         ValueError, match=rf"instances_train2014\.json: image {NAMES[0]}: run lengths: .* got 49"
     ):
         COCOFolder(coco).mask(NAMES[0])
-    for broken in (text[:-9], text.replace('"category_id": 3', '"category_id": 4'), "[]"):
+    annotations.write_text(text.replace("[1, 1, 4, 1, 4, 4, 1, 4]", "[1, 1, 4, 1, 4]"))
+    with pytest.raises(ValueError, match=rf"image {NAMES[0]}: polygon: expected pairs of numbers, got 5"):
+        COCOFolder(coco).mask(NAMES[0])
+    for broken, said in (
+        (text[:-9], "Expecting"),
+        (
+            text.replace('"category_id": 3', '"category_id": 4'),
+            "an annotation whose category_id 4 nothing has",
+        ),
+        (text.replace('"image_id": 9', '"image_id": 8'), "an annotation whose image_id 8 nothing has"),
+        (text.replace('"file_name"', '"name"'), "an entry without 'file_name'"),
+        ("[]", "list indices"),
+    ):
         annotations.write_text(broken)
-        with pytest.raises(ValueError, match=r"instances_train2014\.json: expected COCO's instances"):
+        with pytest.raises(
+            ValueError, match=rf"instances_train2014\.json: expected COCO's instances, got.* {said}"
+        ):
             COCOFolder(coco).ids("train2014")
     with pytest.raises(FileNotFoundError, match="not in COCO's layout"):
         COCOFolder(tmp_path / "nowhere")
