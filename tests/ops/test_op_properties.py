@@ -6,7 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pssl_ext import cam_regions, cam_sweep, prototype_contrast, prototype_pool
+from pssl_ext import (
+    cam_compare,
+    cam_regions,
+    cam_sweep,
+    dense_crf,
+    pixel_refine,
+    prototype_contrast,
+    prototype_pool,
+    random_walk,
+)
 from pssl_ext.testing import devices
 
 
@@ -146,3 +155,66 @@ def test_a_sweep_counts_every_pixel_once(seed, thresholds):
     assert (counts.sum(2) == torch.bincount(truth.flatten(), minlength=4)).all()
     background = counts[:, :, 0].sum(1)[torch.tensor(thresholds).argsort()]
     assert (background.diff() >= 0).all(), "a higher threshold leaves more background"
+
+
+sides = st.integers(1, 9)
+
+
+@pytest.mark.parametrize("device", devices())
+@given(h=sides, w=sides, factor=st.floats(0.1, 10), seed=st.integers(0, 99))
+def test_compared_maps_have_one_scale(device, h, w, factor, seed):
+    """The attention is a cosine, so that a factor on all maps is one on the loss; the support maps have no order."""
+    g = torch.Generator().manual_seed(seed)
+    real = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).to(device)  # noqa: E731
+    main, support = [real(2, 3, h, w), real(2, 3, 4, 5)], [real(2, 3, 5, 4), real(2, 3, w, h)]
+    labels = torch.tensor([[1, 0, 1], [0, 1, 1]], device=device)
+    loss = cam_compare(main, support, labels, size=(6, 7))
+    close(cam_compare(main, support[::-1], labels, size=(6, 7)), loss)
+    scaled = [[factor * t for t in maps] for maps in (main, support)]
+    close(cam_compare(*scaled, labels, size=(6, 7)), factor * loss)
+    assert cam_compare(main[:1], main[:1], labels, size=(6, 7), attention="none") == 0
+
+
+@pytest.mark.parametrize("device", devices())
+@given(h=sides, w=sides, steps=st.integers(0, 6), seed=st.integers(0, 99), by_edge=st.booleans())
+def test_a_walk_is_linear_and_keeps_constants(device, h, w, steps, seed, by_edge):
+    g = torch.Generator().manual_seed(seed)
+    real = lambda *shape: torch.rand(shape, generator=g, dtype=torch.float64).to(device)  # noqa: E731
+    cams = real(2, h, w)
+    if by_edge:
+        edge = real(h, w) / 2
+        start = 1 / (1 - edge)  # the walk multiplies by 1 - edge first
+        walk = lambda maps: random_walk(maps, edge, radius=3, log2_steps=steps)  # noqa: E731
+    else:
+        features, start = real(4, h, w), torch.ones(h, w, dtype=torch.float64, device=device)
+        walk = lambda maps: random_walk(maps, features=features, radius=3, log2_steps=steps)  # noqa: E731
+    close(walk(2 * cams[:1] - 3 * cams[1:]), 2 * walk(cams)[:1] - 3 * walk(cams)[1:])
+    close(walk(start[None]), torch.ones_like(start)[None])
+
+
+@pytest.mark.parametrize("device", devices())
+@given(h=sides, w=sides, factor=st.floats(0.5, 255), offset=st.floats(-1, 1), seed=st.integers(0, 99))
+def test_refinement_is_linear_in_the_masks(device, h, w, factor, offset, seed):
+    """And blind to the scale of the colours."""
+    g = torch.Generator().manual_seed(seed)
+    real = lambda *shape: torch.rand(shape, generator=g, dtype=torch.float64).to(device)  # noqa: E731
+    images, masks = real(1, 3, h, w), real(1, 2, 4, 3)
+    settings = dict(dilations=(1, 3), iterations=3)
+    refined = pixel_refine(images, masks, **settings)
+    mixed = pixel_refine(images, 2 * masks[:, :1] - 3 * masks[:, 1:], **settings)
+    close(mixed, 2 * refined[:, :1] - 3 * refined[:, 1:])
+    close(pixel_refine(images, torch.ones_like(masks), **settings), torch.full_like(refined, 1.01**3))
+    again = pixel_refine(factor * images + offset, masks, **settings)
+    torch.testing.assert_close(again, refined, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", devices())
+@given(h=sides, w=sides, c=st.integers(1, 5), iterations=st.integers(0, 4), seed=st.integers(0, 99))
+def test_a_crf_knows_no_order_of_classes(device, h, w, c, iterations, seed):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (1, 3, h, w), generator=g, dtype=torch.uint8).to(device)
+    given = torch.randn(1, c, h, w, generator=g, dtype=torch.float64).softmax(1).to(device)
+    refined = dense_crf(images, given, iterations=iterations)
+    close(refined.sum(1), torch.ones_like(refined[:, 0]))
+    order = torch.randperm(c, generator=g).to(device)
+    close(dense_crf(images, given[:, order], iterations=iterations), refined[:, order])
