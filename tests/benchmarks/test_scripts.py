@@ -11,6 +11,7 @@ import bench_train_step
 import pytest
 import table
 import torch
+import voc_scale
 from harness import compare, goals, measure, plot, report, results, runner
 from PIL import Image
 
@@ -210,3 +211,14 @@ def test_pictures_of_committed_results_can_be_drawn(tmp_path):
     for record in table.committed():
         plot.draw(record, tmp_path / "all.png")
         assert (tmp_path / "all.png").is_file()
+
+
+@pytest.mark.slow
+def test_cams_and_scores_at_voc_s_scale(tmp_path):
+    found = voc_scale.main(["--images", "3", "--scales", "0.5", "--steps", "5", "--out", str(tmp_path)])
+    assert found == {**json.loads((tmp_path / "voc_scale.json").read_text()), "scales": (0.5,)}
+    assert found["results"].keys() == {"pssl.cams", "pssl.evaluate"}
+    for row in found["results"].values():
+        assert 0 < row["cpu_seconds"] and 0 < row["seconds"] < 300 and row["mib"] > 50
+    scores = json.loads((tmp_path / "cams_3/scores.json").read_text())
+    assert (scores["images"], scores["split"], len(scores["thresholds"])) == (3, "train", 4)
