@@ -43,7 +43,7 @@ class PipelineConfig(TrainConfig):
     arms: Names = ("classifier_long", "rcm+mam")
     """Arms to train and compare."""
     arm: str = "rcm+mam"
-    """The one of them whose CAMs become pseudo labels."""
+    """The one of `arms` whose CAMs become pseudo labels."""
     readout: Literal["cam", "prototype"] = "cam"
     """"cam": the paper's; "prototype": softmax over cosines to RCM's prototypes."""
     out: Path = Path("runs/pipeline")

@@ -42,7 +42,7 @@ class PARConfig:
     dilations: Integers = (1, 2, 4, 8, 12, 24)
     """Distances of the neighbours in pixels (AFA, Ru et al. 2022)."""
     iterations: int = 10
-    """(AFA; ToCo too.)"""
+    """Iterations (AFA; ToCo too)."""
     colour_scale: float = 0.3
     """How alike colours must be (PAR's w1)."""
     position_weight: float = 0.01
@@ -169,8 +169,8 @@ class SegmentSettings:
     """What is trained on the pseudo labels, and how it labels images."""
 
     recipe: str = "auto"
-    """Defaults to start from: a file of pssl/recipes/segment, or "auto": the backbone's own (RECIPE_OF_SEGMENTER); in
-    pssl.pipeline that of the CAM network's backbone."""
+    """Defaults to start from: synthetic, photographs, voc12_resnet38d, voc12_resnet101 (files of pssl/recipes/segment),
+    or "auto": the backbone's own; in pssl.pipeline that of the CAM network's backbone."""
     size: int | None = None
     """Side in pixels of the square that training shows. None: `data.size`."""
     model: SegmenterConfig = field(default_factory=SegmenterConfig)

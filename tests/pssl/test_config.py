@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from pssl.cams import CamsConfig
-from pssl.cli import field_texts, from_dict, parse, to_dict, to_yaml
+from pssl.cli import RECIPES, field_texts, from_dict, parse, to_dict, to_yaml
 from pssl.config import DataConfig, FolderConfig, TrainConfig
 from pssl.evaluate import EvaluateConfig
+from pssl.segment import SegmentConfig
 
 
 def parse_error(capsys: pytest.CaptureFixture, *argv: str) -> str:
@@ -139,6 +140,14 @@ def test_help_shows_the_values_of_the_recipe_and_nothing_without_effect(capsys, 
         shown = help_of(kind, capsys, monkeypatch)
         assert "--data.root" in shown
         assert not {"--data.zoom", "--data.size", "--evaluation.every"} & set(shown.split())
+
+
+def test_help_names_the_recipes_that_there_are():
+    for kind, folder in ((TrainConfig, RECIPES), (SegmentConfig, RECIPES / "segment")):
+        text = field_texts(kind)["recipe"]
+        assert set(text.partition(": ")[2].partition(" (")[0].split(", ")) == {
+            p.stem for p in folder.glob("*.yaml")
+        }
 
 
 def test_stages_take_of_a_training_what_they_need():
