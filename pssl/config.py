@@ -356,7 +356,7 @@ class InferenceConfig:
     flip: bool = True
     """Also read the mirrored image (same source)."""
     batch_size: int = 32
-    """Images at a time; with `loading: files` those of one size."""
+    """Images of side `data.size` at a time; with `loading: files` those of one size, as many as have no more pixels."""
 
     def __post_init__(self) -> None:
         require_scales(self.scales)

@@ -177,14 +177,18 @@ class FileInputs:
         self._held: tuple[list[int], Tensor] = ([], torch.empty(0))
 
     def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
-        """Images of one size together, by the headers of their files; what fills no batch comes last."""
+        """Images of one size together, by the headers of their files; what fills no batch comes last.
+
+        A batch has no more pixels than `size` squares of the training's side, for its memory to be what was asked for.
+        """
         waiting: dict[tuple[int, int], list[int]] = {}
         for index in indices:
             with Image.open(self.folder.image_path(self.ids[index])) as picture:
-                group = waiting.setdefault(picture.size, [])
+                width, height = picture.size
+            group = waiting.setdefault((width, height), [])
             group.append(index)
-            if len(group) == size:
-                yield waiting.pop(picture.size)
+            if len(group) == max(size * self.size**2 // (width * height), 1):
+                yield waiting.pop((width, height))
         yield from waiting.values()
 
     def _read(self, index: int) -> Tensor:

@@ -206,8 +206,12 @@ def test_inputs_from_files(file_inputs):
 
 def test_images_of_one_size_are_read_together(file_inputs):
     """CAMs of a split with two sizes are those of its images alone."""
-    assert list(file_inputs.batches([1, 0, 2, 3, 4], 3)) == [[1, 2, 3], [0], [4]]
-    assert list(file_inputs.batches([0, 1, 2], 1)) == [[0], [1], [2]]
+    assert list(file_inputs.batches([1, 0, 2, 3, 4], 12)) == [
+        [1, 2, 3],
+        [0],
+        [4],
+    ]  # 12 of 24 x 24, 3 of 48 x 48
+    assert list(file_inputs.batches([0, 1, 2], 4)) == [[0], [1], [2]]
     torch.manual_seed(0)
     net = build_cam_net("small", file_inputs.labels.shape[1], dim=8, width=16).eval()
 
@@ -218,7 +222,7 @@ def test_images_of_one_size_are_read_together(file_inputs):
         )
         return {one.id: one for one in maps}
 
-    together, alone = read(3), read(1)
+    together, alone = read(12), read(1)
     assert together.keys() == alone.keys() == set(file_inputs.ids[:5])
     for name, one in alone.items():
         assert torch.equal(one.class_ids, together[name].class_ids)
