@@ -72,7 +72,7 @@ class Step:
 
     def inputs(self) -> dict[float, Tensor]:
         draws = [seeded(0, "benchmark", i) for i in range(self.batch)]
-        return self.images.training(range(self.batch), draws, self.objective.scales)
+        return self.images.training(range(self.batch), draws, self.objective.scales).inputs
 
     def whole(self) -> None:
         """As `pssl.engine.loop.run_stage` makes it."""

@@ -256,6 +256,9 @@ class RCMConfig:
     Measured on photographs."""
     readout_background: float = 0.55
     """`background` of masks by the readout. Measured on photographs."""
+    refine_dilations: Integers = ()
+    """Distances of the neighbours, in cells of the label grid, by whose colours the readout is refined before it
+    becomes masks (PAR, Ru et al. 2022, who take 1, 2, 4, 8, 12, 24 at full resolution). Ours; empty: it is not."""
     label_stride: int = 1
     """The region mask has side `data.size // label_stride`: 1 is label resolution, the backbone's stride its feature
     grid."""
@@ -281,6 +284,10 @@ class MAMConfig:
     """Scales of MainNet's CAMs (paper)."""
     attention: Literal["cosine", "none"] = "cosine"
     """"cosine": each support CAM is weighted by 2 - cos(main CAM, support CAM) (paper); "none": by 1."""
+    target: Literal["cam", "readout"] = "cam"
+    """What MainNet's CAMs learn from. "cam": SupportNet's CAMs (paper). "readout": once RCM has been refreshed
+    (`rcm.refresh_epochs`), the prototype readout: where the class is likelier than background, with the strength of
+    SupportNet's CAMs; before, and in arms without RCM, the CAMs. Ours: what the prototypes know reaches the CAM."""
     pairs: Literal["all", "same", "other"] = "all"
     """Which of SupportNet's scales a CAM of MainNet learns from: "all" of them (paper), that of the "same" scale (then
     all of `scales` must be SupportNet's too), or the "other" ones."""

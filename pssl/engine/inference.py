@@ -52,7 +52,9 @@ def final_prototypes(
     for batch in inputs.batches(share(range(len(inputs.ids))), inference.batch_size):
         seen = {scale: net(inputs.plain(batch, scale, False)) for scale in sorted({1.0, *scales})}
         labels = inputs.labels[batch].to(device)
-        regions = rcm.regions([seen[scale] for scale in scales], labels)
+        aims = [seen[scale] for scale in scales]
+        maps = rcm.readout(aims, labels, inputs.pixels(batch)) if rcm.anchored else None
+        regions = rcm.regions(aims, labels, maps)
         rows, present = image_prototypes(seen[1.0].features, regions, rcm.num_regions)
         total += torch.where(present[..., None], rows, 0).double().sum(0)
         count += present.double().sum(0)

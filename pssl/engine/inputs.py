@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,13 @@ from pssl.data.voc import read_label_png
 from pssl.engine.feature_cache import ActivationSet, resized
 
 
+class Views(NamedTuple):
+    """Images as a step sees them: `inputs` of a CamNet by scale, and the `pixels` [B,3,S,S] in 0..1 behind them."""
+
+    inputs: dict[float, Tensor]
+    pixels: Tensor
+
+
 class Inputs(Protocol):
     """The images of one split as inputs of a CamNet. `ids` in the order of the split; `labels` float32 [N,K]."""
 
@@ -29,14 +36,17 @@ class Inputs(Protocol):
 
     def training(
         self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
-    ) -> dict[float, Tensor]:
-        """Inputs of these images, each changed at random by its own generator, and alike at every scale."""
+    ) -> Views:
+        """These images, each changed at random by its own generator, and alike at every scale."""
 
     def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
         """These images in groups of at most `size` that :meth:`plain` takes; perhaps in another order."""
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
         """Inputs of these images as they are, or mirrored."""
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """These images as they are, [B,3,h,w] in 0..1."""
 
 
 class OneSize:
@@ -106,20 +116,24 @@ class ImageInputs(OneSize):
 
     def training(
         self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
-    ) -> dict[float, Tensor]:
+    ) -> Views:
         changed = []
         for index, own in zip(indices, generators, strict=True):
             changed.append(random_view(self.images[index], self.size, own, self.zoom, self.colours))
-        batch = self._batch(torch.stack(changed))
-        return {scale: resized(batch, scale) for scale in scales}
+        pixels = self._placed(torch.stack(changed))
+        batch = self.normalise(pixels)
+        return Views({scale: resized(batch, scale) for scale in scales}, pixels)
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
-        batch = resized(self._batch(to_float(self.images[list(indices)])), scale)
+        batch = resized(self.normalise(self.pixels(indices)), scale)
         return batch.flip(3) if flip else batch
 
-    def _batch(self, images: Tensor) -> Tensor:  # [B,3,S,S] in 0..1
-        """Normalised images on the device, in the memory order asked for."""
-        return self.normalise(images.to(self.device, memory_format=self.memory_format))
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        return self._placed(to_float(self.images[list(indices)]))
+
+    def _placed(self, images: Tensor) -> Tensor:  # [B,3,S,S]
+        """Images on the device, in the memory order asked for."""
+        return images.to(self.device, memory_format=self.memory_format)
 
 
 def random_view(
@@ -196,46 +210,65 @@ class FileInputs:
 
     def training(
         self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
-    ) -> dict[float, Tensor]:
+    ) -> Views:
         def view(index: int, own: torch.Generator) -> Tensor:
             return random_view(self._read(index), self.size, own, self.zoom, self.colours)
 
         with ThreadPoolExecutor(self.workers) as threads:
             views = list(threads.map(view, indices, generators))
-        batch = self.normalise(torch.stack(views).to(self.device, memory_format=self.memory_format))
-        return {scale: resized(batch, scale) for scale in scales}
+        pixels = torch.stack(views).to(self.device, memory_format=self.memory_format)
+        batch = self.normalise(pixels)
+        return Views({scale: resized(batch, scale) for scale in scales}, pixels)
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
         """Images of one size, at that size times `scale`, [n,3,h,w]; ValueError where sizes differ."""
-        if self._held[0] != list(indices):  # one after the other, all scales of a batch are asked for
-            self._held = (list(indices), self._whole(indices))
-        image = resized(self._held[1], scale)
+        image = resized(self.normalise(self.pixels(indices)), scale)
         return image.flip(3) if flip else image
 
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """Images of one size, at that size, [n,3,h,w]; ValueError where sizes differ."""
+        if self._held[0] != list(indices):  # one after the other, all scales of a batch are asked for
+            self._held = (list(indices), self._whole(indices))
+        return self._held[1]
+
     def _whole(self, indices: Sequence[int]) -> Tensor:
-        """Normalised images at their own size."""
         with ThreadPoolExecutor(self.workers) as threads:
             images = [to_float(image) for image in threads.map(self._read, indices)]
         shapes = sorted({tuple(image.shape[1:]) for image in images})
         if len(shapes) != 1:
             raise ValueError(f"FileInputs.plain: expected images of one size (height, width), got {shapes}")
-        return self.normalise(torch.stack(images).to(self.device, memory_format=self.memory_format))
+        return torch.stack(images).to(self.device, memory_format=self.memory_format)
 
 
 class ActivationInputs(OneSize):
-    """Inputs of a frozen backbone's head: cached activations, of the mirrored image half the time in training."""
+    """Inputs of a frozen backbone's head: cached activations, of the mirrored image half the time in training.
 
-    def __init__(self, ids, activations: ActivationSet, labels: Tensor, device) -> None:
+    Args:
+        ids: image ids.
+        images: uint8 [N,3,S,S], what the activations are of.
+        activations: of all scales that are to be asked for.
+        labels: float32 [N,K].
+        device: where inputs go.
+    """
+
+    def __init__(self, ids, images: Tensor, activations: ActivationSet, labels: Tensor, device) -> None:
         self.ids = ids
+        self.images = images
         self.activations = activations
         self.labels = labels
         self.device = device
 
     def training(
         self, indices: Sequence[int], generators: Sequence[torch.Generator], scales: Sequence[float]
-    ) -> dict[float, Tensor]:
+    ) -> Views:
         flips = [int(torch.rand((), generator=own) < 0.5) for own in generators]
-        return {scale: self.activations.rows(indices, flips, scale).to(self.device) for scale in scales}
+        inputs = {scale: self.activations.rows(indices, flips, scale).to(self.device) for scale in scales}
+        pixels = self.pixels(indices)
+        mirrored = torch.tensor(flips, device=pixels.device).bool()[:, None, None, None]
+        return Views(inputs, torch.where(mirrored, pixels.flip(3), pixels))
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        return to_float(self.images[list(indices)]).to(self.device)
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
         return self.activations.rows(indices, [int(flip)] * len(indices), scale).to(self.device)

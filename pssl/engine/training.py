@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pssl.config import EngineConfig, OptimizerConfig, ScheduleConfig
-from pssl.engine.inputs import Inputs
+from pssl.engine.inputs import Inputs, Views
 from pssl.engine.optimizer import CAM_LAYERS, head_layers
 from pssl.method.losses import Objective
 from pssl.method.support import SupportNet
@@ -132,12 +132,12 @@ class Stage(Training):
     def images(self) -> int:
         return len(self.inputs.ids)
 
-    def feed(self, draws: Iterator[Draw]) -> Iterator[tuple[dict[float, Tensor], Tensor, int]]:
+    def feed(self, draws: Iterator[Draw]) -> Iterator[tuple[Views, Tensor, int]]:
         device = next(self.net.parameters()).device
 
-        def load(draw: Draw) -> tuple[dict[float, Tensor], Tensor, int]:
-            inputs = self.inputs.training(draw.indices, draw.generators, self.objective.scales)
-            return inputs, self.inputs.labels[draw.indices].to(device), draw.epoch
+        def load(draw: Draw) -> tuple[Views, Tensor, int]:
+            views = self.inputs.training(draw.indices, draw.generators, self.objective.scales)
+            return views, self.inputs.labels[draw.indices].to(device), draw.epoch
 
         if not self.inputs.ahead:
             yield from map(load, draws)
@@ -151,8 +151,9 @@ class Stage(Training):
             while waiting:
                 yield waiting.popleft().result()
 
-    def losses(self, fed: tuple[dict[float, Tensor], Tensor, int]) -> dict[str, Tensor]:
-        return self.objective(self.net, self.support, *fed)
+    def losses(self, fed: tuple[Views, Tensor, int]) -> dict[str, Tensor]:
+        views, image_labels, epoch = fed
+        return self.objective(self.net, self.support, views.inputs, image_labels, epoch, views.pixels)
 
     def before_epoch(self, epoch: int) -> None:
         if self.refresh is not None and epoch and epoch % self.refresh_epochs == 0:

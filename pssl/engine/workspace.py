@@ -176,7 +176,7 @@ def build_inputs(
     if not net.frozen:
         return ImageInputs(ids, images, labels, normalise, data.zoom, device, **more)
     activations = frozen_activations(images, net.backbone, model.backbone, weights_path(model), scales, log)
-    return ActivationInputs(ids, activations, labels, device)
+    return ActivationInputs(ids, images, activations, labels, device)
 
 
 def frozen_activations(

@@ -108,6 +108,8 @@ class Objective(nn.Module):
         inputs: dict[float, Tensor],  # scale -> images or activations, [B,*,*,*]
         image_labels: Tensor,  # [B,K]
         epoch: int | None = None,  # of the arm; None: all terms take part
+        pixels: Tensor
+        | None = None,  # [B,3,H,W] in 0..1, what the inputs show; for `method.rcm.refine_dilations`
     ) -> dict[str, Tensor]:
         """The losses by name; "total" is their weighted sum. Their averages over ranks are those of the whole batch."""
         names = set(TERMS) if epoch is None else self.active(epoch)
@@ -122,7 +124,7 @@ class Objective(nn.Module):
         with torch.autocast(
             image_labels.device.type, enabled=False
         ):  # the networks' passes alone may be less precise
-            losses = self.terms(seen, target, image_labels, names)
+            losses = self.terms(seen, target, image_labels, names, pixels)
         for name in losses.keys() - {"rcm"}:  # means over images; RCM's is one over pixels, and weighs itself
             losses[name] = share_of_mean(losses[name], len(image_labels))
         losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
@@ -146,17 +148,23 @@ class Objective(nn.Module):
         target: dict[float, CamOutput],  # SupportNet's
         image_labels: Tensor,  # [B,K]
         names: Container[str] = TERMS,
+        pixels: Tensor | None = None,  # as for `forward`
     ) -> dict[str, Tensor]:
         """The losses that are switched on and among `names`, without their weights."""
         centre, losses = seen[1.0], {}
         aims = {scale: target[scale] for scale in self.config.support.scales if scale in target}
+        readout = None
+        if self.rcm is not None and self.rcm.anchored and aims:
+            readout = self.rcm.readout(list(aims.values()), image_labels, pixels)
         if "classification" in names:
             # SEAM classifies both of its views.
             views = [centre, seen[self.config.seam.scale]] if self.seam else [centre]
             each = [classification_loss(CamNet.logits(view.cam), image_labels) for view in views]
             losses["classification"] = sum(each) / len(each)
         if "rcm" in names and self.rcm is not None:
-            losses["rcm"] = self.rcm(centre.features, target[1.0].features, list(aims.values()), image_labels)
+            losses["rcm"] = self.rcm(
+                centre.features, target[1.0].features, list(aims.values()), image_labels, readout
+            )
         if "mam" in names and self.mam:
             losses["mam"] = mam_loss(
                 {scale: seen[scale].cam for scale in self.config.mam.scales},
@@ -164,6 +172,7 @@ class Objective(nn.Module):
                 image_labels,
                 tuple(centre.cam.shape[2:]),
                 self.config.mam,
+                readout if self.config.mam.target == "readout" else None,
             )
         if "seam" in names and self.seam:
             second = seen[self.config.seam.scale]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from pssl.config import MAMConfig
@@ -14,14 +15,20 @@ def mam_loss(
     image_labels: Tensor,  # [B,K]
     size: tuple[int, int],
     config: MAMConfig,
+    readout: Tensor | None = None,  # [B,K,H,W] in 0..1, above 0.5 where the class is likelier than background
 ) -> Tensor:
     """L1 between MainNet's CAMs and the attended mean of SupportNet's, a scalar (paper, section 3).
 
     Per present class, with all maps resized to `size` (the grid of scale 1) and cut at 0:
     sum_s mean |M_s - mean_t w_st S_t|, w_st = 2 - cos(M_s, S_t). The less two maps agree, the larger the target, so
     CAMs grow where only some scales respond. `config.pairs` says which t there are for an s.
+
+    With a `readout` its :func:`readout_target` is the one S_t (ours, see `MAMConfig.target`).
     """
-    if config.pairs == "all":
+    if readout is not None:
+        target, image_labels = readout_target(readout, list(support.values()), image_labels, size)
+        groups = [(list(main.values()), [target])]
+    elif config.pairs == "all":
         groups = [(list(main.values()), list(support.values()))]
     else:
         groups = [([cam], [support[t] for t in config.partners(s, list(support))]) for s, cam in main.items()]
@@ -29,3 +36,23 @@ def mam_loss(
         cam_compare(seen, aims, image_labels, size=size, attention=config.attention) for seen, aims in groups
     ]
     return sum(losses[1:], losses[0])
+
+
+def readout_target(
+    readout: Tensor,  # [B,K,H,W] in 0..1
+    support: list[Tensor],  # T x [B,K,h_t,w_t]
+    image_labels: Tensor,  # [B,K]
+    size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Where the prototype readout sees each class, as strong as SupportNet's CAMs: a map [B,K,*size] for MAM.
+
+    Where a class is likelier than background, by how much, times the factor that gives the map the mean of the
+    positive CAMs: the readout says where, the CAMs how much, and the class logits stay what they are. A class that is
+    nowhere likelier than background sets no target: the image labels that are returned lack it.
+    """
+    likelier = F.adaptive_avg_pool2d((2 * readout - 1).relu(), size)
+    level = sum(cam.relu().mean((2, 3)) for cam in support) / len(support)
+    mean = likelier.mean((2, 3))
+    seen = mean > 0
+    factor = level / mean.masked_fill(~seen, 1.0)
+    return likelier * factor[..., None, None], image_labels * seen

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pssl.config import RCMConfig
 from pssl.engine.distributed import gather_rows, share_of_mean, world_size
-from pssl.method.readout import Prototypes, readout_regions
+from pssl.method.readout import Prototypes, map_regions, readout_maps
 from pssl.models.cam_net import CamOutput
 from pssl_ext import cam_regions, prototype_contrast, prototype_pool
 
@@ -126,17 +126,33 @@ class RCM(nn.Module):
         self.anchored = True
         self.memory.clear()
 
-    def regions(self, support: list[CamOutput], image_labels: Tensor) -> Tensor:  # [B,K]
-        """The region mask, uint8 [B,H,W], from SupportNet's outputs at all its scales."""
+    def readout(
+        self,
+        support: list[CamOutput],  # at all its scales
+        image_labels: Tensor,  # [B,K]
+        pixels: Tensor | None,  # [B,3,*,*] in 0..1
+    ) -> Tensor:
+        """SupportNet's readout by the anchor's prototypes, [B,K,H,W]: see :func:`readout_maps`."""
+        return readout_maps(
+            [output.features for output in support],
+            Prototypes(self.anchor_rows, self.anchor_valid, self.config.temperature),
+            image_labels,
+            size=self.size,
+            pixels=pixels,
+            dilations=self.config.refine_dilations,
+        )
+
+    def regions(
+        self,
+        support: list[CamOutput],  # at all its scales
+        image_labels: Tensor,  # [B,K]
+        readout: Tensor | None = None,  # [B,K,H,W]
+    ) -> Tensor:
+        """The region mask, uint8 [B,H,W]: from the readout if there is one, else from SupportNet's CAMs."""
         config = self.config
-        if self.anchored:
-            return readout_regions(
-                [output.features for output in support],
-                Prototypes(self.anchor_rows, self.anchor_valid, config.temperature),
-                image_labels,
-                size=self.size,
-                foreground=config.readout_foreground,
-                background=config.readout_background,
+        if readout is not None:
+            return map_regions(
+                readout, foreground=config.readout_foreground, background=config.readout_background
             )
         return cam_regions(
             [output.cam for output in support],
@@ -152,9 +168,10 @@ class RCM(nn.Module):
         support_features: Tensor,  # [B,D,h,w], scale 1
         support: list[CamOutput],  # at all its scales
         image_labels: Tensor,  # [B,K]
+        readout: Tensor | None = None,  # [B,K,H,W], once anchored
     ) -> Tensor:
         """The contrastive loss, a float32 scalar; the memory takes in this batch afterwards."""
-        regions = self.regions(support, image_labels)
+        regions = self.regions(support, image_labels, readout)
         own, present = image_prototypes(support_features, regions, self.num_regions)
         everyone, everyone_present = gather_rows(own), gather_rows(present)
         left_out = present if self.config.prototypes == "leave_one_out" else torch.zeros_like(present)

@@ -40,7 +40,7 @@ def work(folder: Path) -> dict:
     labels = (torch.rand(8, 3) < 0.6).float()
     scales = [0.5, 1.0, 1.5, 2.0]
     activations = cached_activations(folder / "cache", images, backbone, scales, description={})
-    inputs = ActivationInputs([f"i{n}" for n in range(8)], activations, labels, "cpu")
+    inputs = ActivationInputs([f"i{n}" for n in range(8)], images, activations, labels, "cpu")
     net = CamNet(backbone, 3, 8, standardise=True, frozen=True)
     objective = Objective(MethodConfig(), 3, 8, 16, mam=True)
     schedule = ScheduleConfig(batch_size=4)

@@ -179,9 +179,9 @@ def test_precision_and_compilation_change_little(engine):
 
 def test_losses_are_not_computed_in_less_precision():
     class Watched(Objective):
-        def terms(self, seen, target, labels):
+        def terms(self, seen, target, labels, *more):
             watched.append((torch.is_autocast_enabled("cpu"), seen[1.0].cam.dtype))
-            losses = super().terms(seen, target, labels)
+            losses = super().terms(seen, target, labels, *more)
             watched.append({loss.dtype for loss in losses.values()})
             return losses
 

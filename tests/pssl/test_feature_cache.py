@@ -84,15 +84,18 @@ def test_overflowing_activations_are_an_error(tmp_path, images, backbone):
 
 def test_activation_inputs(tmp_path, images, backbone):
     made = cached_activations(tmp_path, images, backbone, [1.0, 0.5], description=MADE_FROM)
-    inputs = ActivationInputs(list("abcde"), made, torch.zeros(5, 2), "cpu")
+    inputs = ActivationInputs(list("abcde"), images, made, torch.zeros(5, 2), "cpu")
     mean, std = inputs.channel_statistics()
     both = torch.from_numpy(np.array(made.scales[1.0], dtype=np.float64))
     torch.testing.assert_close(mean.double(), both.mean((0, 1, 3, 4)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(std.double(), both.std((0, 1, 3, 4), correction=0), rtol=1e-4, atol=1e-5)
     draws = [generator(0, i) for i in range(8)]
-    batch = inputs.training([2] * 8, draws, [0.5, 1.0])
+    batch, pixels = inputs.training([2] * 8, draws, [0.5, 1.0])
     plain = {flip: inputs.plain([2], 0.5, flip)[0] for flip in (False, True)}
     flipped = [torch.equal(row, plain[True]) for row in batch[0.5]]
     assert set(flipped) == {False, True}
     for row, other, flip in zip(batch[0.5], batch[1.0], flipped, strict=True):
         assert torch.equal(row, plain[flip]) and torch.equal(other, inputs.plain([2], 1.0, flip)[0])
+    for shown, flip in zip(pixels, flipped, strict=True):
+        image = images[2].float() / 255
+        torch.testing.assert_close(shown, image.flip(2) if flip else image)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pssl.config import MAMConfig, MethodConfig, RCMConfig
 from pssl.method.losses import Objective, classification_loss
 from pssl.method.rcm import RCM, PrototypeMemory, image_prototypes, leave_one_out
-from pssl.method.readout import Prototypes, readout_regions
+from pssl.method.readout import Prototypes, map_regions, readout_maps
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamOutput, build_cam_net
 
@@ -187,15 +187,14 @@ def test_rcm_loss_is_cross_entropy_of_cosines(prototypes):
     assert rcm.memory.pushed.tolist() == present.sum(0).tolist()
 
 
-def test_readout_regions_are_the_thresholded_margins():
+def test_regions_of_the_readout_are_the_thresholded_margins():
     """Pixel by pixel: softmax of cosines over the image's regions, mean over scales, two thresholds."""
     generator = torch.Generator().manual_seed(5)
     rows = F.normalize(torch.randn(4, 6, generator=generator), dim=1)
     valid = torch.tensor([True, True, True, False])
     features = [torch.randn(4, 6, n, n, generator=generator) for n in (3, 5)]
-    regions = readout_regions(
-        features, Prototypes(rows, valid, 0.3), labels(), size=(7, 7), foreground=0.7, background=0.4
-    )
+    readout = readout_maps(features, Prototypes(rows, valid, 0.3), labels(), size=(7, 7))
+    regions = map_regions(readout, foreground=0.7, background=0.4)
     assert regions.dtype == torch.uint8
     for image in range(4):
         classes = [c for c in (labels()[image].nonzero().flatten() + 1).tolist() if valid[c]]
@@ -227,13 +226,17 @@ def test_anchored_rcm_takes_its_masks_from_the_readout():
     by_cam = rcm.regions(support, labels())
     rcm.anchor(prototypes)
     assert rcm.memory.pushed.sum() == 0, "old prototypes live in another embedding"
-    expected = readout_regions(
-        [support[0].features], prototypes, labels(), size=(8, 8), foreground=0.6, background=0.5
+    readout = rcm.readout(support, labels(), None)
+    torch.testing.assert_close(
+        readout, readout_maps([support[0].features], prototypes, labels(), size=(8, 8)), rtol=0, atol=0
     )
-    assert torch.equal(rcm.regions(support, labels()), expected) and not torch.equal(expected, by_cam)
+    expected = map_regions(readout, foreground=0.6, background=0.5)
+    assert torch.equal(rcm.regions(support, labels(), readout), expected)
+    assert not torch.equal(expected, by_cam)
     again = RCM(3, 6, 8, config)
     again.load_state_dict(rcm.state_dict())
-    assert torch.equal(again.regions(support, labels()), expected), "a resumed run must go on as it was"
+    assert again.anchored, "a resumed run must go on as it was"
+    assert torch.equal(again.readout(support, labels(), None), readout)
 
 
 def count_passes(module):

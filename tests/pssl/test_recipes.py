@@ -191,11 +191,12 @@ def file_inputs(tiny_root, tmp_path):
 def test_inputs_from_files(file_inputs):
     inputs = file_inputs
     draws = lambda: [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]  # noqa: E731
-    batch = inputs.training([0, 2, 0], draws(), (0.5, 1.0))
-    again = inputs.training([0, 2, 0], draws(), (0.5, 1.0))
+    batch, pixels = inputs.training([0, 2, 0], draws(), (0.5, 1.0))
+    again, _ = inputs.training([0, 2, 0], draws(), (0.5, 1.0))
     assert batch[1.0].shape == (3, 3, 24, 24) and batch[0.5].shape == (3, 3, 12, 12)
     assert torch.equal(batch[1.0], again[1.0]) and not torch.equal(batch[1.0][0], batch[1.0][2])
-    alone = inputs.training([2], draws()[1:2], (1.0,))
+    torch.testing.assert_close(inputs.normalise(pixels), batch[1.0])
+    alone, _ = inputs.training([2], draws()[1:2], (1.0,))
     assert torch.equal(alone[1.0][0], batch[1.0][1]), "an image does not depend on the others"
     assert inputs.plain([0], 1.0, False).shape == (1, 3, 30, 60)
     half = inputs.plain([0], 0.5, True)
