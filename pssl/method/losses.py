@@ -72,6 +72,11 @@ class Objective(nn.Module):
         return self.rcm is not None or self.mam
 
     @property
+    def mam_reads_out(self) -> bool:
+        """Whether MAM's target is the prototype readout by now."""
+        return self.config.mam.target == "readout" and self.rcm is not None and self.rcm.anchored
+
+    @property
     def main_scales(self) -> tuple[float, ...]:
         """Scales that MainNet sees; 1 is always one of them."""
         return self._main_scales(TERMS)
@@ -132,12 +137,12 @@ class Objective(nn.Module):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each loss in the total."""
+        """The weight of each loss in the total, as things stand: MAM's changes with its target."""
         config = self.config
         return {
             "classification": config.classification_weight,
             "rcm": config.rcm.weight,
-            "mam": config.mam.weight,
+            "mam": config.mam.readout_weight if self.mam_reads_out else config.mam.weight,
             "seam": config.seam.weight,
             "ppc": config.ppc.weight,
         }
@@ -172,7 +177,7 @@ class Objective(nn.Module):
                 image_labels,
                 tuple(centre.cam.shape[2:]),
                 self.config.mam,
-                readout if self.config.mam.target == "readout" else None,
+                readout if self.mam_reads_out else None,
             )
         if "seam" in names and self.seam:
             second = seen[self.config.seam.scale]

@@ -89,6 +89,8 @@ def test_mam_learns_from_the_readout_once_rcm_is_anchored(target):
     objective.rcm.anchor(Prototypes(rows(None, 4, 8), torch.ones(4, dtype=torch.bool), 0.5))
     after = objective(net.eval(), support, given, together, pixels=pixels)
     assert (after["mam"] == before["mam"]) == (target == "cam")
+    factor = 10 if target == "readout" else 1
+    torch.testing.assert_close(after["total"], after["classification"] + after["rcm"] + factor * after["mam"])
     assert after["rcm"] != before["rcm"]
     after["total"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
