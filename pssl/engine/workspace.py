@@ -84,7 +84,7 @@ def usable_images(
     lines = [*(line for lines in found.images.values() for line in lines), *unlabelled.values()]
     if with_masks:  # a split without any mask has none on purpose
         lines += [line for lines in found.masks.values() for line in lines]
-    for line in lines:
+    for line in dict.fromkeys(lines):  # a broken label file is one problem, not one an image
         log.say(f"problem: {line}")
     kept = [image_id for image_id in ids if image_id not in found.images and image_id not in unlabelled]
     if len(kept) < len(ids) or lines:

@@ -14,10 +14,10 @@ from rich.console import Console
 from pssl import cams, evaluate, train
 from pssl.cli import parse
 from pssl.config import ARMS, TrainConfig
-from pssl.data import VOCFolder
+from pssl.data import VOCFolder, open_folder, write_label_csv
 from pssl.engine.cam_files import write_cams
 from pssl.engine.log import Log
-from pssl.engine.workspace import load_net
+from pssl.engine.workspace import load_net, usable_images
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +161,22 @@ def test_images_that_cannot_be_used_are_named_and_left_out(tiny_config, tmp_path
         folder.mask_path(image_id).unlink(missing_ok=True)
     with pytest.raises(ValueError, match="split val: expected masks to score by"):
         train.run(tiny_config, quiet())
+
+
+def test_images_without_labels_are_left_out_and_a_broken_label_file_is_named_once(tiny_root, tmp_path):
+    folder = VOCFolder(tiny_root)
+    ids, path, log = folder.ids("train"), tmp_path / "labels.csv", quiet()
+    write_label_csv(path, ids[2:5], folder.image_labels(ids[2:5]), folder.classes)
+    left = usable_images(open_folder(tiny_root, labels=str(path)), "train", "headers", log)
+    assert left.ids == ids[2:5]
+    said = log.console.file.getvalue()
+    assert all(f"problem: {path}: no image-level labels for {i}\n" in said for i in ids[:2] + ids[5:])
+    assert "train: 3 of 16 images are left, 3 of them with a mask" in said
+    path.write_text("nothing of the kind")
+    log = quiet()
+    with pytest.raises(ValueError, match="split train: expected images, got none that can be used"):
+        usable_images(open_folder(tiny_root, labels=str(path)), "train", "headers", log)
+    assert log.console.file.getvalue().count("problem: ") == 1
 
 
 def test_checkpoint_of_other_classes_is_refused(tiny_config, photographs, tmp_path):
