@@ -446,8 +446,8 @@ class TrainConfig:
     device: str = "auto"
     """Torch device, or "auto": CUDA where there is one, else CPU."""
     resume: bool = False
-    """Carry on from what OUT/checkpoints holds, with the numbers of a run that was never interrupted; the configuration
-    must be the same."""
+    """Carry on from what OUT/checkpoints holds, with the numbers of a run that was never interrupted. What training
+    depends on must be as in OUT/config.yaml; arms and seeds may be added."""
     pictures: int = 8
     """Held-out images drawn into OUT/pictures."""
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from pssl.cli import parse, to_yaml
+from pssl.cli import parse, to_dict, to_yaml
 from pssl.config import TERMS_OF_ARM, TrainConfig
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
 from pssl.engine.checkpoint import write_text
+from pssl.engine.claim import require_same
 from pssl.engine.distributed import is_first
 from pssl.engine.experiment import Experiment, find_prototypes, open_experiment, save, score, score_role
 from pssl.engine.inference import READOUTS, read_images
@@ -35,6 +36,18 @@ from pssl.engine.workspace import (
 from pssl.method.losses import Objective
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet
+
+MAY_DIFFER = (
+    *("arms", "recipe", "out", "device", "threads", "resume", "pictures", "inference"),
+    *(
+        "evaluation.steps",
+        "evaluation.train_images",
+        "engine.save_every",
+        "engine.tensorboard",
+        "data.workers",
+    ),
+)
+"""Settings that a run that is carried on may change: those that training does not depend on."""
 
 
 def train_stage(experiment: Experiment, name: str, net: CamNet, seed: int, out: Path) -> Stage:
@@ -203,6 +216,11 @@ def run(config: TrainConfig, log: Log | None = None) -> dict:
     log = log or Log()
     if config.engine.tensorboard and is_first():
         log.open_tensorboard(config.out / "tensorboard")
+    if config.resume:
+        several = len(config.seed_list) > 1  # each has a folder of its own
+        but = (*MAY_DIFFER, "seeds") if several else MAY_DIFFER
+        require_same(config.out / "config.yaml", to_dict(config), but)
+    distributed.wait()
     if is_first():
         write_text(config.out / "config.yaml", to_yaml(config))
     experiment = open_experiment(config, device, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,38 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
     ValueError, naming the file and the settings that differ, where it says something else: what lies beside it was
     made otherwise, and must not be mixed with what is made now.
     """
-    if path.is_file():
-        there = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = _differences(there if isinstance(there, dict) else {}, settings)
-        if differing:
-            raise ValueError(
-                f"{path.parent}: expected what these settings made, got what others did, which differ in "
-                f"{', '.join(differing[:5])}; name another folder, or remove this one"
-            )
+    require_same(path, settings)
     wait()
     if is_first() and not path.is_file():
         write_text(path, yaml.safe_dump(settings, sort_keys=False, width=110))
     wait()
 
 
-def _differences(there: dict, here: dict, prefix: str = "") -> list[str]:
+def require_same(path: Path, settings: dict[str, Any], but: Collection[str] = ()) -> None:
+    """ValueError, as of :func:`claim`, if the YAML file `path` is there and differs from `settings`.
+
+    `but` are dotted names of settings and sections that may.
+    """
+    if not path.is_file():
+        return
+    there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    differing = _differences(there if isinstance(there, dict) else {}, settings, but)
+    if differing:
+        raise ValueError(
+            f"{path.parent}: expected what these settings made, got what others did, which differ in "
+            f"{', '.join(differing[:5])}; name another folder, or remove this one"
+        )
+
+
+def _differences(there: dict, here: dict, but: Collection[str], prefix: str = "") -> list[str]:
     """Dotted names of what differs, with both values."""
     found = []
     for key in dict.fromkeys([*here, *there]):
         old, new = there.get(key), here.get(key)
+        if f"{prefix}{key}" in but:
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            found += _differences(old, new, but, f"{prefix}{key}.")
         elif old != new or (key in there) != (key in here):
             found.append(f"{prefix}{key} ({old!r}, now {new!r})")
     return found

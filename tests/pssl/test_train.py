@@ -97,6 +97,16 @@ def test_resumed_run_gives_the_same_numbers(tiny_config):
     assert without_times(train.run(tiny_config, quiet())) == without_times(first)
     assert stage_1.stat().st_mtime_ns == written, "stage 1 was trained again"
     assert (tiny_config.out / "losses.csv").read_text() == losses, "resumed steps count too"
+    written = (tiny_config.out / "config.yaml").read_text()
+    tiny_config.schedule.lr, tiny_config.pictures = 0.5, 0
+    with pytest.raises(
+        ValueError, match=r"run: .* which differ in schedule\.lr \(0\.002, now 0\.5\); name another"
+    ):
+        train.run(tiny_config, quiet())
+    tiny_config.schedule.lr, tiny_config.seed = 0.002, 1
+    with pytest.raises(ValueError, match=r"which differ in seed \(0, now 1\)"):
+        train.run(tiny_config, quiet())
+    assert (tiny_config.out / "config.yaml").read_text() == written
 
 
 @pytest.mark.parametrize("readout", ["cam", "prototype"])
