@@ -37,8 +37,15 @@ from pssl.engine.claim import claim
 from pssl.engine.log import Log
 from pssl.engine.parallel import over_images
 from pssl.engine.workspace import build_inputs, load_net, open_data, resolve_device
-from pssl.method.pseudo_labels import best_regions, crf_step, label_scores, par_step, walk_step
-from pssl.method.settings import RefineSettings
+from pssl.method.pseudo_labels import (
+    best_regions,
+    crf_step,
+    label_scores,
+    par_step,
+    probabilities,
+    walk_step,
+)
+from pssl.method.settings import SHARPNESS, RefineSettings
 from pssl.models.weights import file_digest
 from pssl_ext.ops.cam_sweep import power_thresholds
 
@@ -74,8 +81,12 @@ class RefineConfig(RefineSettings):
 
 
 def resolve(config: RefineConfig) -> tuple[RefineConfig, CamsConfig | None]:
-    """Fill in checkpoint and threshold from what is known of the CAMs; errors say what to give where it is not."""
+    """Fill in checkpoint, threshold and sharpness from what is known of the CAMs; errors say what to give where it is
+    not."""
     source = made_from(config.cams)
+    readout = "cam" if source is None else source.readout
+    if config.sharpness is None:
+        config.sharpness = SHARPNESS[readout]
     if config.checkpoint is None and source is not None:
         config.checkpoint = source.checkpoint
     if config.threshold is None and config.power is None:
@@ -84,7 +95,6 @@ def resolve(config: RefineConfig) -> tuple[RefineConfig, CamsConfig | None]:
                 "threshold: expected one, or a power, for CAMs without a known checkpoint "
                 f"({config.cams} has no cams.yaml)"
             )
-        readout = "cam" if source is None else source.readout
         config.threshold = load_weights(config.checkpoint)[1]["thresholds"][readout]
     if "affinity" in config.steps and config.checkpoint is None:
         raise ValueError(
@@ -111,9 +121,7 @@ def open_affinities(
     affinities = Affinities(trained.net, new_head(trained.net, settings, config.seed), inputs, settings.scale)
     confident = config.out / "confident"
     threshold = config.threshold if config.power is None else power_thresholds([config.power])[0]
-    write_confident_labels(
-        confident, folder, list(ids), config.cams, threshold, settings, config.crf, config.workers, log
-    )
+    write_confident_labels(confident, folder, list(ids), config.cams, threshold, config, config.workers, log)
     train_affinities(affinities, confident, settings, config.seed, config.out / "affinity.state.pt", log)
     if distributed.is_first():
         save_head(config.out / "affinity.safetensors", affinities.head, settings.scale, digest)
@@ -123,7 +131,7 @@ def open_affinities(
 
 def build_steps(config: RefineConfig, affinities: Affinities | None) -> list[tuple[str, Step]]:
     """The steps of the method by name."""
-    settings = config.affinity
+    settings, sure = config.affinity, partial(probabilities, sharpness=config.sharpness)
 
     def walk(image_id: str, image: Tensor, scores: Tensor) -> Tensor:
         features = affinities.features(index_of[image_id])
@@ -131,8 +139,8 @@ def build_steps(config: RefineConfig, affinities: Affinities | None) -> list[tup
 
     index_of = {} if affinities is None else {i: n for n, i in enumerate(affinities.inputs.ids)}
     steps = {
-        "crf": lambda _, image, scores: crf_step(image, scores, config.crf),
-        "par": lambda _, image, scores: par_step(image, scores, config.par),
+        "crf": lambda _, image, scores: crf_step(image, sure(scores), config.crf),
+        "par": lambda _, image, scores: par_step(image, sure(scores), config.par),
         "affinity": walk,
     }
     return [(name, steps[name]) for name in config.steps]
@@ -201,6 +209,7 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
         "data": folder.name,
         "split": config.split,
         "background": {"threshold": config.threshold, "power": config.power},
+        "sharpness": config.sharpness,
         "images": len(ids),
         "written": written,
         "kept": len(ids) - written,

@@ -21,8 +21,14 @@ from pssl.engine.loop import Draw, Training, run_stage
 from pssl.engine.parallel import over_images
 from pssl.engine.seeding import derive_seed
 from pssl.method.affinity import AffinityHead, affinity_losses
-from pssl.method.pseudo_labels import best_regions, confident_regions, crf_step, label_scores
-from pssl.method.settings import AffinityConfig, CRFConfig
+from pssl.method.pseudo_labels import (
+    best_regions,
+    confident_regions,
+    crf_step,
+    label_scores,
+    probabilities,
+)
+from pssl.method.settings import AffinityConfig, RefineSettings
 from pssl.models.cam_net import CamNet
 
 
@@ -31,15 +37,14 @@ def confident_labels(
     cams: Tensor,  # [k,H,W]
     class_ids: Tensor,  # [k]
     threshold: float,
-    config: AffinityConfig,
-    crf: CRFConfig,
+    settings: RefineSettings,
 ) -> Tensor:
     """Labels uint8 [H,W] of the pixels that two thresholds agree on, 255 elsewhere (see `confident_regions`)."""
-    labels = []
+    labels, config = [], settings.affinity
     for margin in (config.foreground_margin, -config.background_margin):
         scores, regions = label_scores(cams, class_ids, min(max(threshold + margin, 1e-3), 1 - 1e-3))
         if config.crf:
-            scores = crf_step(image, scores, crf)
+            scores = crf_step(image, probabilities(scores, settings.sharpness), settings.crf)
         labels.append(best_regions(scores, regions))
     return confident_regions(*labels)
 
@@ -50,8 +55,7 @@ def write_confident_labels(
     ids: list[str],
     cams: Path,
     threshold: float,
-    config: AffinityConfig,
-    crf: CRFConfig,
+    settings: RefineSettings,
     workers: int | None,
     log: Log,
 ) -> None:
@@ -61,7 +65,7 @@ def write_confident_labels(
 
     def work(image_id: str) -> None:
         image = torch.from_numpy(folder.image(image_id)).permute(2, 0, 1)
-        labels = confident_labels(image, *read_cams(cams, image_id), threshold, config, crf)
+        labels = confident_labels(image, *read_cams(cams, image_id), threshold, settings)
         write_label_png(out / f"{image_id}.png", labels.numpy())
 
     with log.progress("confident labels", len(todo)) as bar:

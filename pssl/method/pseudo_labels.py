@@ -40,22 +40,28 @@ def shares(scores: Tensor) -> Tensor:  # [1+k,H,W]
     return scores / scores.sum(0, keepdim=True).clamp(min=1e-12)
 
 
-def crf_step(image: Tensor, scores: Tensor, config: CRFConfig) -> Tensor:  # uint8 [3,H,W], [1+k,H,W]
+def probabilities(scores: Tensor, sharpness: float) -> Tensor:  # [1+k,H,W]
+    """Softmax of the scores times `sharpness`: how sure a pixel is depends on how far its scores are apart, and not, as
+    with `shares`, on how high the threshold is."""
+    return (sharpness * scores).softmax(0)
+
+
+def crf_step(image: Tensor, p: Tensor, config: CRFConfig) -> Tensor:  # uint8 [3,H,W], probabilities [1+k,H,W]
     """Probabilities [1+k,H,W] after mean field on the image's colours (`dense_crf`)."""
     return dense_crf(
         image[None],
-        shares(scores)[None],
+        p[None],
         iterations=config.iterations,
         gaussian=config.gaussian,
         bilateral=config.bilateral,
     )[0]
 
 
-def par_step(image: Tensor, scores: Tensor, config: PARConfig) -> Tensor:  # uint8 [3,H,W], [1+k,H,W]
+def par_step(image: Tensor, p: Tensor, config: PARConfig) -> Tensor:  # uint8 [3,H,W], probabilities [1+k,H,W]
     """Probabilities [1+k,H,W] after pixel-adaptive refinement (`pixel_refine`)."""
     refined = pixel_refine(
         image[None].float(),
-        shares(scores)[None],
+        p[None],
         dilations=config.dilations,
         iterations=config.iterations,
         colour_scale=config.colour_scale,

@@ -11,6 +11,10 @@ from pssl.config import BackboneConfig, OptimizerConfig
 
 STEPS = ("crf", "par", "affinity")
 
+SHARPNESS = {"cam": 4.0, "prototype": 8.0}
+"""`sharpness` by readout, the second of which varies less around its threshold. Measured on training images, embedded
+ones and photographs, of 3 to 12."""
+
 RECIPE_OF_SEGMENTER = {
     "small": "synthetic",
     "efficientnet_lite0": "photographs",
@@ -29,10 +33,10 @@ class CRFConfig:
     """Iterations of the mean field (DeepLab's, Chen et al. 2015)."""
     gaussian: Floats = (3.0, 1.0)
     """Standard deviation in pixels and weight of the kernel on positions."""
-    bilateral: Floats = (35.0, 5.0, 4.0)
+    bilateral: Floats = (50.0, 8.0, 4.0)
     """Standard deviations in pixels and in steps of 0..255, and weight of the kernel on positions and colours. Both
-    measured on training images, embedded ones and photographs: CAMs cut at a threshold are unsure of most pixels, and
-    the (3, 3) and (80, 13, 10) of AffinityNet's and DeepLab's code, for surer scores, overrule them on photographs."""
+    measured on training images, embedded ones and photographs: the (3, 3) and (80, 13, 10) of AffinityNet's and
+    DeepLab's code, for surer scores, overrule CAMs on photographs."""
 
 
 @dataclass
@@ -94,6 +98,8 @@ class RefineSettings:
     """Background score. None: the threshold that the CAMs' checkpoint was scored best at, on its training split."""
     power: float | None = None
     """Background score (1 - max CAM)^power in place of a threshold (AffinityNet: 4 to 32)."""
+    sharpness: float | None = None
+    """CRF and PAR are given the softmax of this times the scores. None: SHARPNESS, by what the CAMs were read by."""
     unsure: float | None = None
     """Pixels whose best region has less than this share of the scores become 255. None: every pixel gets a region."""
     crf: CRFConfig = field(default_factory=CRFConfig)
@@ -109,6 +115,8 @@ class RefineSettings:
             raise ValueError("power: expected none beside a threshold, got both")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise ValueError(f"threshold: expected a value between 0 and 1, got {self.threshold}")
+        if self.sharpness is not None and self.sharpness <= 0:
+            raise ValueError(f"sharpness: expected a value above 0, got {self.sharpness}")
         if self.power is not None and self.power <= 0:
             raise ValueError(f"power: expected a value above 0, got {self.power}")
 

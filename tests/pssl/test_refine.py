@@ -27,6 +27,7 @@ from pssl.method.pseudo_labels import (
     crf_step,
     label_scores,
     par_step,
+    probabilities,
     shares,
     walk_step,
 )
@@ -93,13 +94,15 @@ def test_steps_call_the_operators(random_cams):
     """CRF and PAR get probabilities; the walk gets means over the cells of its grid."""
     scores, _ = label_scores(*random_cams, 0.4)
     image = torch.randint(0, 256, (3, 9, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    p = (scores / scores.sum(0))[None]
+    p = probabilities(scores, 3.0)[None]
+    odds = (p[0, 1] / p[0, 0]).log()
+    torch.testing.assert_close(odds, 3 * (scores[1] - 0.4), atol=1e-5, rtol=1e-5)
     crf = CRFConfig(iterations=3, gaussian=(2.0, 1.0), bilateral=(20.0, 30.0, 2.0))
     expected = dense_crf(image[None], p, iterations=3, gaussian=(2.0, 1.0), bilateral=(20.0, 30.0, 2.0))[0]
-    assert torch.equal(crf_step(image, scores, crf), expected) and not torch.equal(expected, p[0])
+    assert torch.equal(crf_step(image, p[0], crf), expected) and not torch.equal(expected, p[0])
     refined = pixel_refine(image[None].float(), p, dilations=(1, 3), iterations=2)[0]
     expected = refined / refined.sum(0)
-    par = par_step(image, scores, PARConfig(dilations=(1, 3), iterations=2))
+    par = par_step(image, p[0], PARConfig(dilations=(1, 3), iterations=2))
     torch.testing.assert_close(par, expected)
     features = torch.rand(4, 3, 4, generator=torch.Generator().manual_seed(2))
     small = scores.view(3, 3, 3, 4, 2).mean((2, 4))
@@ -170,6 +173,7 @@ def test_every_method_labels_the_split(tiny_cams, tmp_path, quiet, method):
     ids = folder.ids("train")
     assert (result["written"], result["kept"], result["method"]) == (16, 0, method)
     assert set(result["seconds_per_image"]) == {*(() if method == "none" else method.split("+")), "image"}
+    assert result["sharpness"] == 4.0
     assert result["background"]["threshold"] == load_weights(tiny_cams.checkpoint)[1]["thresholds"]["cam"]
     kinds = set()
     for image_id, present in zip(ids, folder.image_labels(ids), strict=True):
@@ -185,7 +189,7 @@ def test_every_method_labels_the_split(tiny_cams, tmp_path, quiet, method):
 
 def test_labels_are_what_the_steps_make(tiny_cams, tmp_path, quiet):
     """A method's labels are its steps' in their order, whatever the threads."""
-    config = tiny_refine(tiny_cams, tmp_path / "a", "par+crf", unsure=0.7, threshold=0.4)
+    config = tiny_refine(tiny_cams, tmp_path / "a", "par+crf", unsure=0.7, threshold=0.4, sharpness=5.0)
     refine.run(config, quiet)
     config.workers, config.out = 1, tmp_path / "b"
     refine.run(config, quiet)
@@ -193,7 +197,8 @@ def test_labels_are_what_the_steps_make(tiny_cams, tmp_path, quiet):
     for image_id in folder.ids("train"):
         image = torch.from_numpy(folder.image(image_id)).permute(2, 0, 1)
         scores, regions = label_scores(*read_cams(tiny_cams.train, image_id), 0.4)
-        scores = crf_step(image, par_step(image, scores, config.par), config.crf)
+        scores = par_step(image, (5.0 * scores).softmax(0), config.par)
+        scores = crf_step(image, (5.0 * scores).softmax(0), config.crf)
         expected = best_regions(scores, regions, 0.7)
         for out in ("a", "b"):
             found = read_label_png(tmp_path / out / f"{image_id}.png", len(folder.classes))
@@ -234,6 +239,22 @@ def test_stopped_run_carries_on(tiny_cams, tmp_path, quiet):
     )
     assert (broken.out / "affinity.state.pt").stat().st_mtime_ns == state, "affinities were trained again"
     assert not [path.name for path in broken.out.iterdir() if path.name.startswith(".")]
+
+
+def test_sharpness_is_the_readouts(tiny_cams, tmp_path, quiet):
+    """By cams.yaml, unless it is given."""
+    folder = tmp_path / "cams"
+    folder.mkdir()
+    text = (tiny_cams.train / "cams.yaml").read_text()
+    assert "readout: cam" in text
+    (folder / "cams.yaml").write_text(text.replace("readout: cam", "readout: prototype"))
+    for path in tiny_cams.train.glob("*.npz"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = tiny_refine(tiny_cams, tmp_path / "out", "crf")
+    config.cams = folder
+    assert refine.run(config, quiet)["sharpness"] == 8.0
+    config = tiny_refine(tiny_cams, tmp_path / "given", "crf", sharpness=2.0)
+    assert refine.run(config, quiet)["sharpness"] == 2.0
 
 
 def test_trained_affinities_serve_another_split(tiny_cams, tmp_path, quiet):
@@ -280,6 +301,8 @@ def test_missing_things_are_named(tiny_cams, tmp_path, quiet):
     config.out = tmp_path / "again"
     with pytest.raises(ValueError, match=r"npz: expected CAMs of the image's size \[48, 48\], got \[5, 5\]"):
         refine.run(config, quiet)
+    with pytest.raises(ValueError, match="sharpness: expected a value above 0, got 0"):
+        RefineSettings(sharpness=0.0)
     for method in ("crf+crf", "", "walk"):
         with pytest.raises(
             ValueError, match="method: expected 'none', or different names of crf, par, affinity"
