@@ -201,6 +201,8 @@ def main() -> None:
     )
     args = options.parse_args()
     args.batch = args.batch or (8 if torch.device(args.device).type == "cuda" else 2)
+    if args.dtype != "float32":
+        args.group += f"-{args.dtype}"  # beside the other's results, not in their place
     args.dtype = types[args.dtype]
     run(args, sweep(args) if args.sweep else problems(args))
 
