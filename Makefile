@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/* csrc/*/*)
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: train pipeline test env install lint format cuda-resources triton-resources triton-oldest clean
+.PHONY: train pipeline test env install lint format cuda-resources triton-resources clean
 .PHONY: test-gpu test-gpu-build test-gpu-ops test-gpu-kernels test-gpu-sanitizer test-gpu-large
 .DELETE_ON_ERROR:
 
@@ -52,12 +52,6 @@ cuda-resources: $(VENV)/.installed-dev
 # What the Triton kernels take on Ampere, Hopper and Blackwell; compiles them all, and needs no GPU.
 triton-resources: $(VENV)/.installed-dev
 	$(BIN)/python build_tools/triton_resources.py
-
-# The oldest Triton that is supported, which torch 2.11 brings, in a folder of its own: whether it compiles the kernels too.
-OLDEST_TRITON ?= triton==3.6.*
-triton-oldest: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/triton-oldest "$(OLDEST_TRITON)"
-	PYTHONPATH=build/triton-oldest $(BIN)/python build_tools/triton_resources.py --architecture 90
 
 # On a machine with a GPU, in the Python and with the torch that are there, offline: builds for that GPU, then runs the
 # operators' tests on it and what only a GPU shows. The parts are for machines whose commands are cut off after some

@@ -1,7 +1,6 @@
 """What every Triton kernel takes: registers, spilled bytes, shared memory, and which matrix instructions it uses.
 
-    python build_tools/triton_resources.py                      also: make triton-resources
-    python build_tools/triton_resources.py --architecture 90    that one alone, for VOC's classes
+    python build_tools/triton_resources.py        also: make triton-resources
 
 Calls the operators' forward and backward on tensors without memory, takes down what they would launch, and compiles
 that ahead of time as a launch on sm_80, sm_90 or sm_100 would. Fails where a kernel spills more than SPILL_LIMIT,
@@ -11,7 +10,6 @@ Triton it says so and does nothing.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import importlib
 import importlib.util
@@ -196,11 +194,8 @@ def matrix_table(entries: list[dict]) -> str:
     return "\n".join(f"{operator} {kernel}: {', '.join(told)}" for (operator, kernel), told in lines.items())
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """0 where everything compiles and fits."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", type=int, choices=CLASSES)
-    only = parser.parse_args(arguments).architecture
     if importlib.util.find_spec("triton") is None:
         print("triton-resources: skipped, triton is not installed")
         return 0
@@ -212,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     entries: list[dict] = []
     seen: set[int] = set()
-    for architecture, numbers in ({only: (21,)} if only else CLASSES).items():
+    for architecture, numbers in CLASSES.items():
         for classes in numbers:
             entries += compile_all(architecture, classes, seen)
     print(f"Registers (+ spilled bytes), Triton {triton.__version__}\n{table(entries)}")
