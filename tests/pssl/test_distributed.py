@@ -26,6 +26,15 @@ from pssl.models.cam_net import CamNet, CamOutput, build_cam_net
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What is compared with ranks is computed as they compute, by one thread: sums in another order round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
