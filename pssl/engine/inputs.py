@@ -188,7 +188,7 @@ class FileInputs:
         self.colours = colours
         self.memory_format = memory_format
         self.workers = max(workers, 1)
-        self._held: tuple[list[int], Tensor] = ([], torch.empty(0))
+        self._held: tuple[list[int], Tensor] = ([], torch.empty(0))  # normalised
 
     def batches(self, indices: Sequence[int], size: int) -> Iterator[list[int]]:
         """Images of one size together, by the headers of their files; what fills no batch comes last.
@@ -222,16 +222,13 @@ class FileInputs:
 
     def plain(self, indices: Sequence[int], scale: float, flip: bool) -> Tensor:
         """Images of one size, at that size times `scale`, [n,3,h,w]; ValueError where sizes differ."""
-        image = resized(self.normalise(self.pixels(indices)), scale)
+        if self._held[0] != list(indices):  # one after the other, all scales of a batch are asked for
+            self._held = (list(indices), self.normalise(self.pixels(indices)))
+        image = resized(self._held[1], scale)
         return image.flip(3) if flip else image
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """Images of one size, at that size, [n,3,h,w]; ValueError where sizes differ."""
-        if self._held[0] != list(indices):  # one after the other, all scales of a batch are asked for
-            self._held = (list(indices), self._whole(indices))
-        return self._held[1]
-
-    def _whole(self, indices: Sequence[int]) -> Tensor:
         with ThreadPoolExecutor(self.workers) as threads:
             images = [to_float(image) for image in threads.map(self._read, indices)]
         shapes = sorted({tuple(image.shape[1:]) for image in images})
@@ -263,9 +260,10 @@ class ActivationInputs(OneSize):
     ) -> Views:
         flips = [int(torch.rand((), generator=own) < 0.5) for own in generators]
         inputs = {scale: self.activations.rows(indices, flips, scale).to(self.device) for scale in scales}
-        pixels = self.pixels(indices)
-        mirrored = torch.tensor(flips, device=pixels.device).bool()[:, None, None, None]
-        return Views(inputs, torch.where(mirrored, pixels.flip(3), pixels))
+        images = [
+            self.images[i].flip(2) if flip else self.images[i] for i, flip in zip(indices, flips, strict=True)
+        ]
+        return Views(inputs, to_float(torch.stack(images)).to(self.device))
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         return to_float(self.images[list(indices)]).to(self.device)

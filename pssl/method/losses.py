@@ -159,7 +159,8 @@ class Objective(nn.Module):
         centre, losses = seen[1.0], {}
         aims = {scale: target[scale] for scale in self.config.support.scales if scale in target}
         readout = None
-        if self.rcm is not None and self.rcm.anchored and aims:
+        anchored = self.rcm is not None and self.rcm.anchored
+        if (anchored and "rcm" in names) or (self.mam_reads_out and "mam" in names):
             readout = self.rcm.readout(list(aims.values()), image_labels, pixels)
         if "classification" in names:
             # SEAM classifies both of its views.
