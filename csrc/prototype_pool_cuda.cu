@@ -6,11 +6,11 @@
 //   squares     A, gathered from the pixels
 //   class sums  sum_i f_i A_c(i); backward the features' gradient instead
 //
-// Where the grids are the same, same_grid takes a tile through the steps before the sums.
+// Where the grids are the same, tile_sums takes a tile through all of them, and same_grid backward; where the sums are too
+// many to stay with a block, same_grid takes it through the steps before.
 #include <tuple>
 
-#include "common/cuda_class_sums.cuh"
-#include "prototype_pool_cuda.cuh"
+#include "prototype_pool_tiles_cuda.cuh"
 
 namespace {
 
@@ -78,21 +78,22 @@ std::tuple<Tensor, Tensor> pool_forward(const PoolArguments& a) {
   const Call<T> c(a);
   Tensor sums = new_on_device(a.features, {c.B, c.C, c.D}, scalar_type_of<T>);
   Tensor mass = new_on_device(a.features, {c.B, c.C}, scalar_type_of<T>);
-  auto add_up = [&](Tensor coefficients) {
-    CellSums<T> partial(c.call, a.features, c.data(coefficients), c.C, c.padded);
-    if (sums.numel() > 0)
-      launch(c.call, add_chunks<T, T>, grid_for(sums.numel()), kThreads, 0, c.data(partial.partial), c.B,
-             partial.chunks, c.C * c.D, c.data(sums));
-  };
   Pixels<T> p = c.pixels_of();
-  Tensor in_tiles = c.memory(a.same_grid() ? p.grid.all_pixels() * c.padded : 0);
-  const SameGrid<T> tiles{{}, {}, nullptr, 0, c.padded, c.data(in_tiles), {}, {}};
-  if (run_same_grid(c.call, a.features, a.regions, tiles, 0, a.normalize, TilePixels<T, true>{p})) {
-    add_up(in_tiles);
-  } else {
-    const LabelPass<T> pass(c, p, nullptr, false);
-    add_up(LabelPass<T>::gather(c, p).of_products);
+  CellSums<T> partial;
+  if (!run_tile_sums(c.call, a.features, a.regions, p, partial)) {
+    Tensor in_tiles = c.memory(a.same_grid() ? p.grid.all_pixels() * c.padded : 0);
+    const SameGrid<T> tiles{{}, {}, nullptr, 0, c.padded, c.data(in_tiles), {}, {}};
+    if (run_same_grid(c.call, a.features, a.regions, tiles, 0, a.normalize, TilePixels<T, true>{p})) {
+      partial = CellSums<T>(c.call, a.features, c.data(in_tiles), c.C, c.padded);
+    } else {
+      const LabelPass<T> pass(c, p, nullptr, false);
+      Tensor of_products = LabelPass<T>::gather(c, p).of_products;
+      partial = CellSums<T>(c.call, a.features, c.data(of_products), c.C, c.padded);
+    }
   }
+  if (sums.numel() > 0)
+    launch(c.call, add_chunks<T, T>, grid_for(sums.numel()), kThreads, 0, c.data(partial.partial), c.B,
+           partial.chunks, c.C * c.D, c.data(sums));
   const int64_t pixels = a.H() * a.W(), chunks = (pixels + kMassPixels - 1) / kMassPixels;
   Tensor of_chunks = new_on_device(a.features, {c.B * chunks * c.C}, ScalarType::Double);
   double* counted = of_chunks.numel() > 0 ? of_chunks.mutable_data_ptr<double>() : nullptr;

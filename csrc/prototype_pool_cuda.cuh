@@ -158,13 +158,14 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t c = c0 + thread % across;
     const int part = thread / across;
     double sum = 0;
+    int64_t y = (begin + part) / W, x = (begin + part) % W;
     for (int64_t i = begin + part; c < masks.C && part < parts && i < end; i += parts) {
-      const int64_t y = i / W, x = i % W;
       if (masks.is_soft) {
         sum += double(masks.soft.floating<T>(b, c, y, x) * masks.template weight<T>(b, y, x));
       } else if (masks.label(b, y, x) == c) {
         sum += double(masks.template weight<T>(b, y, x));
       }
+      for (x += parts; x >= W; x -= W) ++y;
     }
     sums[thread] = sum;
     __syncthreads();

@@ -20,7 +20,7 @@ struct ProductWarps {
   static constexpr int kMost = 8, kSums = kClassGroup * kFour;
 
   PSSL_HD int each() const { return groups + norms; }
-  PSSL_HD int threads() const { return each() * parts * kWarp; }
+  PSSL_HD int threads() const { return (each() > 0 ? each() : 1) * parts * kWarp; }
   // elements of shared memory
   template <class Around>
   PSSL_HD int64_t staged(int log2) const {

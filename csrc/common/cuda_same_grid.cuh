@@ -36,15 +36,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t b = blockIdx.x / p.tiles.count(), tile = blockIdx.x % p.tiles.count();
   const int thread = block_thread(), warp = thread / kWarp, place = thread % kWarp * kFour;
   find_offsets<Alone>(p.f, p.tiles, b, tile, at);
-  tile_products<T, Alone>(p.f, p.q + b * p.q_image, p.warps.groups > 0 ? p.padded : 0, p.warps, at, staged,
-                          [&](int64_t c, int first, const auto& sum) {
-                            T* row = c < 0 ? norms : rows + c * kTilePlane;
+  if (p.warps.each() > 0)
+    tile_products<T, Alone>(p.f, p.q + b * p.q_image, p.warps.groups > 0 ? p.padded : 0, p.warps, at, staged,
+                            [&](int64_t c, int first, const auto& sum) {
+                              T* row = c < 0 ? norms : rows + c * kTilePlane;
 #pragma unroll
-                            for (int k = 0; k < kClassGroup; ++k)
-                              if (c >= 0 || k == 0)
-                                four(row + k * kTilePlane + first) = {sum[k][0], sum[k][1], sum[k][2],
-                                                                      sum[k][3]};
-                          });
+                              for (int k = 0; k < kClassGroup; ++k)
+                                if (c >= 0 || k == 0)
+                                  four(row + k * kTilePlane + first) = {sum[k][0], sum[k][1], sum[k][2],
+                                                                        sum[k][3]};
+                            });
   __syncthreads();
   double sum = 0;
   for (int j = thread; j < kTileCells; j += block_threads()) {
@@ -110,7 +111,7 @@ bool run_same_grid(const CudaCall& call, const Tensor& features, const Tensor& l
   p.f = AnyView<4>::of(features);
   p.tiles = {features.size(2), features.size(3), true};
   p.warps = product_warps<T, Alone>(call.limits, products, norms, SameGrid<T>::rows(p.padded));
-  if (p.warps.each() == 0 || p.shared() > call.limits.shared_bytes) return false;
+  if (p.shared() > call.limits.shared_bytes) return false;
   launch(call, same_grid<T, Body>, grid_of(features.size(0) * p.tiles.count()), dim3(p.warps.threads()),
          p.shared(), p, body);
   return true;

@@ -2,10 +2,13 @@
 that they take have to fit into a launch. Nothing to run where neither a GPU nor its stand-in is (tests/cuda).
 """
 
+import ctypes
 import sys
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from pssl_ext.registry import OPS
 from pssl_ext.testing import assert_same_bits, check_args, run
@@ -85,6 +88,61 @@ def test_cam_sweep_takes_more_images_than_a_launch(device, normalize):
     more = dict(thresholds=[0.7, 0.2, 0.4], num_regions=4, normalize=normalize)
     got = native("cam_sweep", **args, **more)
     assert_same_bits(got, run(OPS["cam_sweep"], args | more, "reference"), "cam_sweep")
+
+
+def launched(device, op, **args):
+    """How many of our kernels forward and backward of a call launch."""
+    native(op, **args)  # what happens once has happened
+    if device == "cpu":
+        counter = ctypes.CDLL(sys.modules["pssl_ext._C"].__file__).cuda_on_cpu_launched
+        counter.restype = ctypes.c_long
+        before = counter()
+        native(op, **args)
+        return counter() - before
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        native(op, **args)
+        torch.cuda.synchronize()
+    names = [e.name for e in found.events() if e.device_type == DeviceType.CUDA]
+    return sum("at::native" not in name and not name.startswith("Mem") for name in names)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cam_compare_launches_two_kernels_forward_and_two_backward(device):
+    g = torch.Generator().manual_seed(13)
+    maps = [torch.rand(3, 4, n, n, generator=g).to(device) for n in (4, 8, 16, 4, 8, 12, 16)]
+    args = dict(main=maps[:3], support=maps[3:], image_labels=torch.ones(3, 4, device=device), size=(8, 8))
+    assert launched(device, "cam_compare", **args) == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op, launches", [("prototype_pool", 4 + 2), ("prototype_contrast", 3 + 4)])
+def test_on_the_feature_grid_a_launch_passes_over_the_features(op, launches, device):
+    """Forward and backward each; the gradient of prototypes takes another. The rest is as small as class vectors."""
+    g = torch.Generator().manual_seed(15)
+    args = dict(features=torch.randn(2, 24, 9, 11, generator=g), regions=torch.randint(0, 5, (2, 9, 11)))
+    args["prototypes" if op == "prototype_contrast" else "weights"] = torch.rand(
+        (5, 24) if op == "prototype_contrast" else (2, 9, 11), generator=g
+    )
+    args = {name: tensor.to(device) for name, tensor in args.items()}
+    if op == "prototype_pool":
+        args["num_regions"] = 5
+    assert launched(device, op, **args) == launches
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("images", [1, 5, 64])
+def test_cam_sweep_counts_all_images_in_a_launch(images, device):
+    """Beside it one that begins and one that ends; one for the maxima, again of all images, where they are wanted."""
+    g = torch.Generator().manual_seed(14)
+    args = dict(
+        cams=[torch.rand(1 + i % 3, 3 + i, 4, generator=g).to(device) for i in range(images)],
+        class_ids=[torch.arange(1, 2 + i % 3, device=device) for i in range(images)],
+        ground_truth=[torch.randint(0, 4, (5, 2 + i), generator=g).to(device) for i in range(images)],
+        thresholds=torch.linspace(0, 1, 7, device=device),
+        num_regions=4,
+    )
+    assert launched(device, "cam_sweep", **args) == 3
+    assert launched(device, "cam_sweep", **args, normalize=True) == 4
 
 
 @pytest.mark.parametrize("device", DEVICES)
