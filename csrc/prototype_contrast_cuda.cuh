@@ -76,9 +76,10 @@ __global__ void __launch_bounds__(kThreads)
   auto unit = [&](int64_t d) { return double(T(double(p.of(image, c, d)) * inverse)); };
   auto dq = [&](int64_t d) {
     double sum = 0;
-    for (int64_t b = first; b < last; ++b)
-      for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        sum += double(partial[((b * chunks + chunk) * p.C + c) * p.D + d]);
+    const T* of_row = partial + c * p.D + d;
+#pragma unroll 8  // so many loads are under way
+    for (int64_t chunk = first * chunks; chunk < last * chunks; ++chunk)
+      sum += double(of_row[chunk * p.C * p.D]);
     return sum;
   };
   double along = 0;

@@ -9,6 +9,9 @@
 namespace pssl::PSSL_SIMD_NAMESPACE {
 namespace pool {
 
+// Of partial sums: more than for class_sums, whose blocks share out the channels too.
+constexpr int64_t kMostPartialBytes = int64_t(16) << 20;
+
 template <class T>
 struct TileSums {
   ClassSums<T> sums;   // all classes in one pass; the coefficients are made here
@@ -89,7 +92,7 @@ bool run_tile_sums(const CudaCall& call, const Tensor& features, const Tensor& l
   const int64_t n = labels.dim(), C = pixels.masks.C;
   if (labels.size(n - 2) != features.size(2) || labels.size(n - 1) != features.size(3)) return false;
   if (C > ClassSums<T>::kClasses) return false;
-  TileSums<T> p{found.problem(features, nullptr, C, pixels.padded), {}, {pixels}};
+  TileSums<T> p{found.problem(features, nullptr, C, pixels.padded, kMostPartialBytes), {}, {pixels}};
   auto bytes = [&](int log2) {
     p.sums.log2_channels = log2;
     return p.shared() * int64_t(sizeof(T)) * 2;

@@ -99,7 +99,10 @@ __global__ void __launch_bounds__(kThreads) class_sums(const __grid_constant__ C
     __syncthreads();
     stage<T, Alone>(p.f, at, d0, p.log2_channels, staged);
     __syncthreads();
-    add_cells(p, staged, coefficients, count, sum);
+    T of_tile[kFour][kFour] = {};  // then added: rounds less than one long sum
+    add_cells(p, staged, coefficients, count, of_tile);
+#pragma unroll
+    for (int i = 0; i < kFour * kFour; ++i) sum[i / kFour][i % kFour] += of_tile[i / kFour][i % kFour];
   }
   const int all = across * down;
   for (int other = 1; other < p.parts(); ++other) {
@@ -135,6 +138,7 @@ __global__ void __launch_bounds__(kThreads)
   if (thread >= B * n) return;
   const P* first = partial + thread / n * chunks * n + thread % n;
   P sum = 0;
+#pragma unroll 8  // so many loads are under way
   for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += first[chunk * n];
   out[thread] = T(sum);
 }
@@ -148,7 +152,7 @@ struct CellSums {
   CellSums() = default;
 
   CellSums(const CudaCall& call, const Tensor& features, const T* gradients, int64_t C, int64_t padded) {
-    ClassSums<T> p = problem(features, gradients, C, padded);
+    ClassSums<T> p = problem(features, gradients, C, padded, int64_t(4) << 20);
     if (!p.partial) return;
     const int64_t B = p.f.size[0];
     auto bytes = [&](int log2) { return p.shared(log2) * int64_t(sizeof(T)); };
@@ -157,14 +161,14 @@ struct CellSums {
            bytes(p.log2_channels), p);
   }
 
-  // All but log2_channels; no memory where there are no sums.
-  ClassSums<T> problem(const Tensor& features, const T* gradients, int64_t C, int64_t padded) {
-    // chunks enough to fill a device, and few enough that adding them up does not count
-    constexpr int64_t kTiles = 8, kMostBytes = int64_t(16) << 20;
+  // All but log2_channels; no memory where there are no sums. At most `most` bytes of partial sums: chunks enough to fill a
+  // device, and few enough that adding them up does not count.
+  ClassSums<T> problem(const Tensor& features, const T* gradients, int64_t C, int64_t padded, int64_t most) {
+    constexpr int64_t kTiles = 8;
     ClassSums<T> p{AnyView<4>::of(features), gradients, C, padded, nullptr, 0, {}, 0};
     const int64_t B = p.f.size[0], D = p.f.size[1];
     p.tiles = {p.f.size[2], p.f.size[3], true};
-    const int64_t fit = kMostBytes / std::max<int64_t>(1, B * C * D * int64_t(sizeof(T)));
+    const int64_t fit = most / std::max<int64_t>(1, B * C * D * int64_t(sizeof(T)));
     chunks = p.chunks = std::min((p.tiles.count() + kTiles - 1) / kTiles, std::max<int64_t>(1, fit));
     partial = new_on_device(features, {B * chunks * C * D}, scalar_type_of<T>);
     p.partial = partial.numel() > 0 ? partial.mutable_data_ptr<T>() : nullptr;

@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(kThreads)
     add_partials(const double* partial, int64_t n, const __grid_constant__ AnyView<1> out) {
   PSSL_SHARED(scratch, double[kWarp]);
   double sum = 0;
+#pragma unroll 8  // so many loads are under way
   for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += partial[i];
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) out.store(sum, 0);
