@@ -179,3 +179,23 @@ def test_more_classes_than_a_pass(op, size, device):
     if op == "prototype_pool":
         args["num_regions"] = 171
     check_args(OPS[op], args, "native", f"{op}, 171 classes on {size}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [(3, 5), (6, 7)])
+@pytest.mark.parametrize("op", ["prototype_pool", "prototype_contrast"])
+def test_as_many_channels_as_resnet38(op, size, dtype, device):
+    """4096, channels last: more than any chunk, and on the feature grid more sums than a block keeps."""
+    g = torch.Generator().manual_seed(16)
+    args = dict(
+        features=torch.randn(1, 4096, 3, 5, generator=g).to(dtype), regions=torch.zeros(1, *size).long()
+    )
+    args["features"] = args["features"].contiguous(memory_format=torch.channels_last)
+    args["regions"][0, :2] = torch.tensor([[1], [255]])
+    if op == "prototype_contrast":
+        args["prototypes"] = torch.randn(2, 4096, generator=g)
+    args = {name: tensor.to(device) for name, tensor in args.items()}
+    if op == "prototype_pool":
+        args["num_regions"] = 2
+    check_args(OPS[op], args, "native", f"{op}, 4096 channels on {size}")
