@@ -85,25 +85,30 @@ __global__ void __launch_bounds__(kThreads) tile_sums(const __grid_constant__ Ti
 }
 
 // Starts tile_sums where the grids are the same and the sums of two blocks fit into the device's shared memory, so that one
-// computes while the other waits; else false.
+// computes while the other waits; else false. Not in double precision: there the norms' products and the sums together
+// are more than a thread's registers, and spill.
 template <class T>
 bool run_tile_sums(const CudaCall& call, const Tensor& features, const Tensor& labels,
                    const Pixels<T>& pixels, CellSums<T>& found) {
-  const int64_t n = labels.dim(), C = pixels.masks.C;
-  if (labels.size(n - 2) != features.size(2) || labels.size(n - 1) != features.size(3)) return false;
-  if (C > ClassSums<T>::kClasses) return false;
-  TileSums<T> p{found.problem(features, nullptr, C, pixels.padded, kMostPartialBytes), {}, {pixels}};
-  auto bytes = [&](int log2) {
-    p.sums.log2_channels = log2;
-    return p.shared() * int64_t(sizeof(T)) * 2;
-  };
-  p.sums.log2_channels = fitting_channels(call.limits, sizeof(T) == 8 ? 5 : 6, bytes);
-  if (bytes(p.sums.log2_channels) > call.limits.shared_bytes) return false;
-  p.warps = {p.sums.log2_channels, 0, pixels.normalize, p.sums.threads() / kWarp};
-  if (p.sums.partial)
-    launch(call, tile_sums<T>, grid_of(p.sums.f.size[0] * found.chunks), dim3(p.sums.threads()),
-           p.shared() * int64_t(sizeof(T)), p);
-  return true;
+  if constexpr (sizeof(T) == 8)
+    return false;
+  else {
+    const int64_t n = labels.dim(), C = pixels.masks.C;
+    if (labels.size(n - 2) != features.size(2) || labels.size(n - 1) != features.size(3)) return false;
+    if (C > ClassSums<T>::kClasses) return false;
+    TileSums<T> p{found.problem(features, nullptr, C, pixels.padded, kMostPartialBytes), {}, {pixels}};
+    auto bytes = [&](int log2) {
+      p.sums.log2_channels = log2;
+      return p.shared() * int64_t(sizeof(T)) * 2;
+    };
+    p.sums.log2_channels = fitting_channels(call.limits, sizeof(T) == 8 ? 5 : 6, bytes);
+    if (bytes(p.sums.log2_channels) > call.limits.shared_bytes) return false;
+    p.warps = {p.sums.log2_channels, 0, pixels.normalize, p.sums.threads() / kWarp};
+    if (p.sums.partial)
+      launch(call, tile_sums<T>, grid_of(p.sums.f.size[0] * found.chunks), dim3(p.sums.threads()),
+             p.shared() * int64_t(sizeof(T)), p);
+    return true;
+  }
 }
 
 }  // namespace pool

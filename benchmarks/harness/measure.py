@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .cost import launches, with_peaks
+from .device_time import device_times
 from .problem import Problem, disagreement
 
 PASSES = ("forward", "forward+backward")
@@ -26,8 +28,8 @@ class Result:
     """One provider and pass: percentiles of its times in seconds; ``noise``, half the spread of the medians of five
     stretches of the run, relative (None with fewer than five calls); ``ratio``, p50 over that of ours; ``extra_bytes``
     at the peak; ``copy_share``, compulsory bytes over time as a share of the copy bandwidth (None where no bytes are
-    compulsory); ``launches`` of kernels, None on a CPU; ``estimate``, how the time was estimated where it was not
-    measured whole."""
+    compulsory); ``launches`` of kernels and ``host``, the host's seconds to issue the call's passes, None on a CPU;
+    ``estimate``, how the time was estimated where it was not measured whole."""
 
     problem: str
     title: str
@@ -43,6 +45,7 @@ class Result:
     extra_bytes: int | None
     copy_share: float | None
     launches: int | None = None
+    host: float | None = None
     size: int | None = None
     estimate: str = ""
 
@@ -57,9 +60,13 @@ def measure(problem: Problem, seconds: float, bandwidth: float, cache: int) -> l
     peaks = check_agreement(problem)
     launched = {name: launches(problem, name) for name in problem.providers}
     sets = rotated(problem.inputs, 2 * cache)
-    calls = _Calls(problem, sets)
-    times = {name: [calls.time(name)] for name in problem.providers}
-    counts = _further_calls({n: t[0][1] for n, t in times.items()}, deadline - time.monotonic())
+    calls = _Calls(problem, sets, launched)
+    times, spent = {}, {}
+    for name in problem.providers:
+        begin = time.monotonic()
+        times[name] = [calls.time(name)]
+        spent[name] = time.monotonic() - begin
+    counts = _further_calls(spent, deadline - time.monotonic())
     for name in by_turns(counts):
         times[name].append(calls.time(name))
     for name, count in counts.items():
@@ -111,41 +118,40 @@ def by_turns(counts: dict[str, int]) -> Iterator[str]:
 class _Calls:
     """Times single calls on inputs that rotate."""
 
-    def __init__(self, problem: Problem, sets: list[dict[str, Tensor]]) -> None:
-        self.problem, self.sets, self.position = problem, sets, 0
-        self.queued: dict[str, int] = {}
+    MOST_QUEUED = 50  # calls
+    MOST_LAUNCHES = 500  # of the queued calls together: a full queue would hold up the host
 
-    def time(self, provider: str) -> tuple[float, float]:
-        """Seconds of the forward pass, and of both."""
+    def __init__(
+        self,
+        problem: Problem,
+        sets: list[dict[str, Tensor]],
+        launched: dict[str, tuple[int, int] | None],
+    ) -> None:
+        self.problem, self.sets, self.position = problem, sets, 0
+        self.launched = launched
+        self.queued: dict[str, tuple[int, float]] = {}  # calls at a time; the host's seconds for one
+
+    def time(self, provider: str) -> tuple[float, float, float | None]:
+        """Seconds of the forward pass, of both, and on a GPU of the host for both."""
         if self.problem.device.type != "cuda":
             return self._on_cpu(provider)
         if provider not in self.queued:  # calls of a few microseconds are timed several at a time
-            self.queued[provider] = min(max(int(1e-3 / self._on_gpu(provider, 1)[1]), 1), 50)
-        return self._on_gpu(provider, self.queued[provider])
+            _, both, host = device_times([self._call(provider)], 0.0)
+            most = min(self.MOST_QUEUED, self.MOST_LAUNCHES // max(self.launched[provider][1], 1))
+            self.queued[provider] = min(max(int(1e-3 / both), 1), max(most, 1)), host
+        count, host = self.queued[provider]
+        return device_times([self._call(provider) for _ in range(count)], host)
 
-    def _next(self) -> dict[str, Tensor]:
+    def _call(self, provider: str) -> Callable[[Callable[[], None]], object]:
         self.position = (self.position + 1) % len(self.sets)
-        return self.sets[self.position]
+        return partial(self.problem.call, provider, self.sets[self.position])
 
-    def _on_cpu(self, provider: str) -> tuple[float, float]:
-        inputs, marks = self._next(), []
+    def _on_cpu(self, provider: str) -> tuple[float, float, None]:
+        call, marks = self._call(provider), []
         start = time.perf_counter()
-        self.problem.call(provider, inputs, lambda: marks.append(time.perf_counter()))
+        call(lambda: marks.append(time.perf_counter()))
         end = time.perf_counter()
-        return marks[0] - start, end - start
-
-    def _on_gpu(self, provider: str, count: int) -> tuple[float, float]:
-        """Means over ``count`` calls that the device runs one after the other."""
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(count)]
-        torch.cuda.synchronize()
-        for start, middle, end in events:
-            start.record()
-            self.problem.call(provider, self._next(), middle.record)
-            end.record()
-        torch.cuda.synchronize()
-        forward = statistics.mean(start.elapsed_time(middle) for start, middle, _ in events)
-        both = statistics.mean(start.elapsed_time(end) for start, _, end in events)
-        return forward / 1e3, both / 1e3
+        return marks[0] - start, end - start, None
 
 
 def percentile(values: list[float], percent: int) -> float:
@@ -163,7 +169,7 @@ def noise(values: list[float]) -> float | None:
 
 def _results(
     problem: Problem,
-    times: dict[str, list[tuple[float, float]]],
+    times: dict[str, list[tuple[float, float, float | None]]],
     peaks: dict,
     launched: dict,
     bandwidth: float,
@@ -198,23 +204,26 @@ def _results(
             values = [t[which] for t in pairs]
             spread = [percentile(values, p) for p in (20, 50, 80)]
             cost = dict(extra_bytes=peaks[name][which], launches=launched[name] and launched[name][which])
+            if pairs[0][2] is not None:
+                cost["host"] = percentile([t[2] for t in pairs], 50)
             results.append(result(name, spread, calls=len(values), noise=noise(values), **cost))
     return results
 
 
 def copy_bandwidth(device: str | torch.device, cache: int, seconds: float = 0.5) -> float:
-    """Bytes per second read and written by ``b.copy_(a)``, on two blocks as large as the ``cache`` each: the fastest of
-    several, since it stands for what the machine can do. The first is left out: it waits for its pages."""
+    """Bytes per second read and written by ``b.copy_(a)``, on two blocks as large as the ``cache`` each, on a GPU eight
+    times as large: the fastest of several, since it stands for what the machine can do. The first is left out: it waits
+    for its pages."""
     device = torch.device(device)
-    a = torch.ones(max(cache, 2**22) // 4, device=device)
+    on_gpu = device.type == "cuda"
+    a = torch.ones(max(cache, 2**22) // 4 * (8 if on_gpu else 1), device=device)
     b = torch.empty_like(a).copy_(a)
     times: list[float] = []
-    while len(times) < 4 or sum(times) < seconds:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    while len(times) < 4 or sum(times) < (seconds / 10 if on_gpu else seconds):
+        if on_gpu:
+            times.append(device_times([lambda done: (b.copy_(a), done())], 1e-4)[1])
+            continue
         start = time.perf_counter()
         b.copy_(a)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return 2 * a.numel() * a.element_size() / min(times)

@@ -23,9 +23,11 @@ def milliseconds(seconds: float) -> str:
 
 
 def result_table(title: str, results: list[Result], first: str = "provider") -> Table:
-    """One row a provider and pass. The ratio is to ours, which stands in bold."""
+    """One row a provider and pass. The ratio is to ours, which stands in bold. On a GPU the host's time for both passes
+    stands beside the device's."""
     table = Table(title=title, title_justify="left")
-    for column in (first, *COLUMNS):
+    on_gpu = any(r.host is not None for r in results)
+    for column in (first, *COLUMNS, *(("host ms",) if on_gpu else ())):
         table.add_column(column, justify="left" if column in (first, "pass") else "right")
     for r in results:
         noise = "" if r.noise is None else f"±{100 * r.noise:.0f} %"
@@ -40,6 +42,7 @@ def result_table(title: str, results: list[Result], first: str = "provider") -> 
             f"{r.ratio:.2f}",
             memory,
             f"{100 * r.copy_share:.2f}",
+            *(("" if r.host is None else milliseconds(r.host),) if on_gpu else ()),
             style="bold" if r.ours else None,
         )
     return table
