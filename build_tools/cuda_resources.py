@@ -47,7 +47,7 @@ def plan(output: Path, torch: pssl_backend.Torch, cuda: Cuda, folder: Path) -> s
     """The CUDA part of an installation; what ptxas says goes beside each object, for runs that compile nothing."""
     nvcc = native.shell([*native.nvcc_command(cuda, torch), "-Xptxas=-v"])
     cxx = native.shell([*native.find_cxx(), *native.common_flags(torch), *native.HOST_FLAGS])
-    link = native.shell([*native.find_cxx(), "-shared"])
+    link = native.shell([*native.find_cxx(), *native.LINK_FLAGS])
     libraries = native.shell([*native.torch_libraries(torch), *native.cuda_libraries(cuda)])
     said = "2> $out.txt || (cat $out.txt; false)"
     lines = [

@@ -33,6 +33,10 @@ OPTIMISE = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"
 # Error texts carry __FILE__: without the map they would carry this machine's folders, and differ between builds.
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-ffile-prefix-map={ROOT}/="]
 
+# Where libstdc++ is linked statically (LDFLAGS, or no libstdc++.so beside the compiler), its symbols stay inside: mixed
+# with those of the copy that torch uses, they would crash at the first number in an error text.
+LINK_FLAGS = ["-shared", "-Wl,--exclude-libs,ALL"]
+
 # Operators that share csrc/common/stepwise.h: where results are compared with thresholds, they repeat their references'
 # roundings one by one.
 STEPWISE = ("cam_compare", "cam_regions", "cam_sweep")
@@ -196,7 +200,7 @@ def ninja_file(output: Path, torch: Torch, cuda: Cuda | None, objects: Path) -> 
             compile_to(f"cuda/{source.stem}.o", "nvcc", source, operator_flags("nvcc", source))
         libraries += cuda_libraries(cuda)
     link = (
-        shell([*cxx, "-shared"])
+        shell([*cxx, *LINK_FLAGS])
         + " $in -o $out "
         + shell(libraries + shlex.split(os.environ.get("LDFLAGS", "")))
     )

@@ -171,6 +171,22 @@ def test_the_module_is_compiled_apart_from_torch(native, tmp_path):
     subprocess.run([*native.find_cxx(), *flags, str(native.ROOT / "csrc/module.cpp")], check=True)
 
 
+def test_a_static_standard_library_stays_inside(native, tmp_path):
+    """Mixed up with the shared one that is loaded already, it would find no way to print a number."""
+    source, library = tmp_path / "text.cpp", tmp_path / "text.so"
+    source.write_text(
+        "#include <cstdio>\n#include <sstream>\n"
+        'extern "C" void say(long n) { std::ostringstream s; s << "got " << n; std::puts(s.str().c_str()); }\n'
+    )
+    command = [*native.find_cxx(), "-fPIC", str(source), *native.LINK_FLAGS, "-static-libstdc++"]
+    if subprocess.run([*command, "-o", str(library)], check=False).returncode:
+        pytest.skip("the compiler has no static libstdc++")
+    code = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1]).say(ctypes.c_long(77))"
+    command = [sys.executable, "-c", code, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "got 77\n"), done.stderr
+
+
 def test_missing_compiler_is_named(source_copy):
     done = build_ext(source_copy, CXX="/nonexistent/c++")
     assert done.returncode != 0
