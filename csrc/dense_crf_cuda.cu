@@ -2,6 +2,8 @@
 //
 // As on the CPU, with the weights of splat and slice scaled by D^-1/2 filtering is the normalised kernel. Everything of
 // an iteration lies on the device: a launch takes the messages and the softmax, the others filter its result.
+#include <limits>
+
 #include "dense_crf_lattice_cuda.cuh"
 
 namespace {
@@ -10,18 +12,23 @@ using namespace pssl;
 using namespace pssl::PSSL_SIMD_NAMESPACE;
 
 constexpr const char* kOp = "dense_crf";
-constexpr int kSumLanes = 8;
 constexpr int64_t kMostPixels = ((int64_t(1) << 31) - 1) / LatticeView<float, 5>::kCorners;
 
-// logits [pixels][C] of image b: -unary
+// logits [pixels][packs] of image b: -unary; that of what fills up the last pack is a probability of 0
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
-    take_logits(const __grid_constant__ AnyView<4> probabilities, int64_t b, T* logits) {
+    take_logits(const __grid_constant__ AnyView<4> probabilities, int64_t b, Pack<T>* logits) {
   const int64_t C = probabilities.size[1], W = probabilities.size[3], pixel = first_row();
   if (pixel >= probabilities.size[2] * W) return;
-  for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
-    const T p = probabilities.floating<T>(b, c, pixel / W, pixel % W);
-    logits[pixel * C + c] = std::log(std::clamp(p, T(kLowestProbability), T(1)));
+  const int64_t first = probabilities.offset(b, 0, pixel / W, pixel % W);
+  for (int64_t c = threadIdx.x; c < packs_of(C); c += blockDim.x) {
+    const Pack<T> logit = Pack<T>::of([&](int i) {
+      if (c * kPack + i >= C) return -std::numeric_limits<T>::infinity();
+      const T p = load_floating<T>(probabilities.data, probabilities.type,
+                                   first + (c * kPack + i) * probabilities.stride[1]);
+      return std::log(std::clamp(p, T(kLowestProbability), T(1)));
+    });
+    store_pack(logits + pixel * packs_of(C) + c, logit);
   }
 }
 
@@ -32,51 +39,53 @@ struct Messages {
   T gaussian_compat, bilateral_compat;  // 0: there is no such lattice
 };
 
-// The sum of n numbers in kSumLanes sums, which rounds less than one and waits less.
-template <class T>
-__device__ T sum_in_lanes(const T* numbers, int64_t n) {
-  T sum[kSumLanes] = {};
-  for (int64_t i = 0; i < n; i += kSumLanes)
-#pragma unroll
-    for (int lane = 0; lane < kSumLanes; ++lane)
-      if (i + lane < n) sum[lane] += numbers[i + lane];
-#pragma unroll
-  for (int lanes = kSumLanes / 2; lanes > 0; lanes /= 2)
-#pragma unroll
-    for (int lane = 0; lane < lanes; ++lane) sum[lane] += sum[lane + lanes];
-  return sum[0];
+// What `combine` makes of the values of a row's threads, in their order. All threads of the block have to come here.
+template <class T, class F>
+__device__ T row_reduce(T value, F combine, T* scratch) {
+  T* const row = scratch + threadIdx.y * blockDim.x;
+  row[threadIdx.x] = value;
+  __syncthreads();
+  T result = row[0];
+  for (unsigned i = 1; i < blockDim.x; ++i) result = combine(result, row[i]);
+  __syncthreads();
+  return result;
 }
 
-// q [pixels][C] = softmax(logits + messages); in the last iteration `out` [C][pixels] instead.
+// q [pixels][packs] = softmax(logits + messages); in the last iteration `out` [C][pixels] instead.
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
-    update(const __grid_constant__ Messages<T> messages, bool first, const T* logits, int64_t pixels,
-           int64_t C, T* q, T* out) {
-  const int64_t pixel = first_row();
-  const bool there = pixel < pixels;
-  T* own = q + pixel * C;
-  auto each_class = [&](auto f) {
-    if (there)
-      for (int64_t c = threadIdx.x; c < C; c += blockDim.x) f(c);
+    update(const __grid_constant__ Messages<T> messages, bool first, const Pack<T>* logits, int64_t pixels,
+           int64_t C, Pack<T>* q, T* out) {
+  PSSL_SHARED(scratch, T[kLatticeThreads]);
+  const int64_t pixel = first_row(), packs = packs_of(C);
+  Pack<T> kept;  // the thread's first pack; where it has more, those are in q
+  auto each_pack = [&](auto f) {
+    if (pixel >= pixels) return;
+    f(kept, int64_t(threadIdx.x));
+    for (int64_t c = threadIdx.x + blockDim.x; c < packs; c += blockDim.x) f(q[pixel * packs + c], c);
   };
-  each_class([&](int64_t c) {
-    T logit = logits[pixel * C + c];
+  T largest = -std::numeric_limits<T>::infinity(), sum = 0;
+  each_pack([&](Pack<T>& value, int64_t c) {
+    Pack<T> logit = load_pack(logits + pixel * packs + c);
     if (!first && messages.gaussian_compat != 0)
-      logit += messages.gaussian_compat * messages.gaussian.slice(pixel, C, c);
+      logit += messages.gaussian_compat * messages.gaussian.slice(pixel, packs, c);
     if (!first && messages.bilateral_compat != 0)
-      logit += messages.bilateral_compat * messages.bilateral.slice(pixel, C, c);
-    own[c] = logit;
+      logit += messages.bilateral_compat * messages.bilateral.slice(pixel, packs, c);
+    for (T of_class : logit.v) largest = of_class > largest ? of_class : largest;
+    value = logit;
   });
-  __syncthreads();
-  T largest = there ? own[0] : T(0);
-  for (int64_t c = 1; there && c < C; ++c) largest = own[c] > largest ? own[c] : largest;
-  __syncthreads();
-  each_class([&](int64_t c) { own[c] = std::exp(own[c] - largest); });
-  __syncthreads();
-  const T sum = sum_in_lanes(own, there ? C : 0);
-  __syncthreads();
-  const T inverse = T(1) / sum;
-  each_class([&](int64_t c) { (out ? out[c * pixels + pixel] : own[c]) = own[c] * inverse; });
+  largest = row_reduce(largest, Largest{}, &scratch[0]);
+  each_pack([&](Pack<T>& value, int64_t) {
+    value = Pack<T>::of([&](int i) { return std::exp(value.v[i] - largest); });
+    sum += (value.v[0] + value.v[1]) + (value.v[2] + value.v[3]);
+  });
+  const T inverse = T(1) / row_reduce(sum, Plus{}, &scratch[0]);
+  each_pack([&](Pack<T>& value, int64_t c) {
+    const Pack<T> share = inverse * value;
+    if (!out) store_pack(q + pixel * packs + c, share);
+    for (int i = 0; out && i < kPack; ++i)
+      if (c * kPack + i < C) out[(c * kPack + i) * pixels + pixel] = share.v[i];
+  });
 }
 
 template <class T>
@@ -91,37 +100,41 @@ Tensor mean_field(const CudaCall& call, const Tensor& images, const Tensor& prob
                   " by ", W);
   using Gaussian = DeviceLattice<T, 2>;
   using Bilateral = DeviceLattice<T, 5>;
-  auto numbers = [&](int64_t count) { return new_on_device(probabilities, {count}, scalar_type_of<T>); };
-  Tensor logits = numbers(pixels * C), q = numbers(pixels * C);
-  Tensor scratch = numbers(s.has_bilateral()  ? Bilateral::room(pixels, C)
-                           : s.has_gaussian() ? Gaussian::room(pixels, C)
+  const int64_t packs = packs_of(C);
+  auto numbers = [&](int64_t count) {
+    return new_on_device(probabilities, {count * kPack}, scalar_type_of<T>);
+  };
+  Tensor logit_numbers = numbers(pixels * packs), q_numbers = numbers(pixels * packs);
+  Tensor scratch = numbers(s.has_bilateral()  ? Bilateral::room(pixels, packs)
+                           : s.has_gaussian() ? Gaussian::room(pixels, packs)
                                               : 0);
-  T* shared = scratch.mutable_data_ptr<T>();
+  Pack<T>*const logits = packs_in<T>(logit_numbers), *const q = packs_in<T>(q_numbers),
+                *const shared = packs_in<T>(scratch);
   Messages<T> messages{};
   std::optional<Gaussian> gaussian;
   if (s.has_gaussian()) {
     const PixelFeatures<2> features{s.gaussian_sxy};
-    gaussian.emplace(call, lattice_of(kOp, "gaussian", features, H, W), features, images, 0, C, shared);
+    gaussian.emplace(call, lattice_of(kOp, "gaussian", features, H, W), features, images, 0, packs, shared);
     messages.gaussian = gaussian->view();
     messages.gaussian_compat = T(s.gaussian_compat);
   }
-  const dim3 block = row_block(C), grid = grid_of((pixels + block.y - 1) / block.y);
+  const dim3 block = row_block(packs), grid = grid_of((pixels + block.y - 1) / block.y);
   for (int64_t b = 0; b < B; ++b) {
     std::optional<Bilateral> bilateral;
     if (s.has_bilateral()) {
       const PixelFeatures<5> features{s.bilateral_sxy, s.bilateral_srgb};
-      bilateral.emplace(call, lattice_of(kOp, "bilateral", features, H, W), features, images, b, C, shared);
+      bilateral.emplace(call, lattice_of(kOp, "bilateral", features, H, W), features, images, b, packs,
+                        shared);
       messages.bilateral = bilateral->view();
       messages.bilateral_compat = T(s.bilateral_compat);
     }
-    launch(call, take_logits<T>, grid, block, 0, AnyView<4>::of(probabilities), b,
-           logits.mutable_data_ptr<T>());
+    launch(call, take_logits<T>, grid, block, 0, AnyView<4>::of(probabilities), b, logits);
     T* const out = result.mutable_data_ptr<T>() + b * C * pixels;
     for (int64_t i = 0; i <= s.iterations; ++i) {
-      if (i > 0 && gaussian) gaussian->filter(q.mutable_data_ptr<T>(), C);
-      if (i > 0 && bilateral) bilateral->filter(q.mutable_data_ptr<T>(), C);
-      launch(call, update<T>, grid, block, 0, messages, i == 0, logits.mutable_data_ptr<T>(), pixels, C,
-             q.mutable_data_ptr<T>(), i == s.iterations ? out : nullptr);
+      if (i > 0 && gaussian) gaussian->filter(q, packs);
+      if (i > 0 && bilateral) bilateral->filter(q, packs);
+      launch(call, update<T>, grid, block, 0, messages, i == 0, logits, pixels, C, q,
+             i == s.iterations ? out : nullptr);
     }
   }
   return result;

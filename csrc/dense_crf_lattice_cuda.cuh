@@ -4,9 +4,11 @@
 // keys are one vertex, and those of a vertex are its corners in the order of the pixels. Splatting is a sum along that
 // order, in parts of at most kPart corners, then over the parts of a vertex: a vertex of many pixels keeps no thread
 // waiting, and nothing is added in an order that is not fixed. The host never asks for the number of vertices: memory is
-// for as many as there are corners.
+// for as many as there are corners. Values lie in rows of packs, a row a pixel, part or vertex; the last pack of a row is
+// filled up.
 #pragma once
 
+#include "common/cuda_pack.cuh"
 #include "common/cuda_sort.cuh"
 #include "common/cuda_views.cuh"
 #include "dense_crf.h"
@@ -19,17 +21,18 @@ constexpr int64_t kPart = 64;          // corners
 constexpr int kLatticeThreads = 128;   // a block
 constexpr int64_t kLatticeWaves = 16;  // of blocks
 constexpr int64_t kRowsAThread = 8;    // of the bound, at least: vertices are a fraction of the corners
+constexpr int kCornersTogether = 8;    // whose loads a thread has under way
 
-// A block takes rows of C columns, neighbouring columns in neighbouring threads.
-inline dim3 row_block(int64_t C) {
-  const unsigned across = unsigned(C < kWarp ? C : kWarp);
+// A block takes rows of so many columns, neighbouring columns in neighbouring threads.
+inline dim3 row_block(int64_t columns) {
+  const unsigned across = unsigned(columns < kWarp ? columns : kWarp);
   return dim3(across, kLatticeThreads / across);
 }
 // Blocks for rows of which there are at most `bound`.
 struct RowLaunch {
   dim3 grid, block;
 
-  RowLaunch(const CudaCall& call, int64_t bound, int64_t C) : block(row_block(C)) {
+  RowLaunch(const CudaCall& call, int64_t bound, int64_t columns) : block(row_block(columns)) {
     const int64_t rows = block.y * kRowsAThread;
     grid = grid_of(call.blocks_for((bound + rows - 1) / rows, kLatticeWaves));
   }
@@ -41,22 +44,22 @@ template <class T, int d>
 struct LatticeView {
   static constexpr int kCorners = d + 1;
 
-  int64_t corners;       // of all pixels
-  const int32_t* found;  // vertices, then parts: how many
-  const int32_t* entry;  // [corners] the corners in the order of their vertices
-  int32_t* part_begin;   // [parts+1]
-  int32_t* first_part;   // [vertices+1]
-  int32_t* vertex;       // [corners]
-  T* weight;             // [corners]
-  int32_t* neighbour;    // [2(d+1)][corners], -1 where there is none
-  const T* values;       // [vertices][C] after filtering
+  int64_t corners;        // of all pixels
+  const int32_t* found;   // vertices, then parts: how many
+  const int32_t* entry;   // [corners] the corners in the order of their vertices
+  int32_t* part_begin;    // [parts+1]
+  int32_t* first_part;    // [vertices+1]
+  int32_t* vertex;        // [corners]
+  T* weight;              // [corners]
+  int32_t* neighbour;     // [2(d+1)][corners], -1 where there is none
+  const Pack<T>* values;  // [vertices][packs] after filtering
 
-  // column c of the filtered values at a pixel
-  __device__ T slice(int64_t pixel, int64_t C, int64_t c) const {
-    T sum = 0;
+  // pack c of the filtered values at a pixel
+  __device__ Pack<T> slice(int64_t pixel, int64_t packs, int64_t c) const {
+    Pack<T> sum = {};
 #pragma unroll
     for (int k = 0; k < kCorners; ++k)
-      sum += weight[pixel * kCorners + k] * values[vertex[pixel * kCorners + k] * C + c];
+      sum += weight[pixel * kCorners + k] * load_pack(values + vertex[pixel * kCorners + k] * packs + c);
     return sum;
   }
 };
@@ -149,50 +152,66 @@ __global__ void __launch_bounds__(kLatticeThreads)
   }
 }
 
-// out [parts][C]: each part's weights times the values q [pixels][C] (null: 1).
+// out [parts][packs]: each part's weights times the values q [pixels][packs] (null: 1).
 template <class T, int d>
 __global__ void __launch_bounds__(kLatticeThreads)
-    splat_parts(LatticeView<T, d> lattice, const T* q, int64_t C, T* out) {
+    splat_parts(LatticeView<T, d> lattice, const Pack<T>* q, int64_t packs, Pack<T>* out) {
   const int32_t parts = lattice.found[1];
   for (int64_t part = first_row(); part < parts; part += row_stride()) {
     const int32_t begin = lattice.part_begin[part], end = lattice.part_begin[part + 1];
-    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
-      T sum = 0;
-      for (int32_t i = begin; i < end; ++i) {
-        const int32_t corner = lattice.entry[i];
-        sum += lattice.weight[corner] * (q ? q[corner / (d + 1) * C + c] : T(1));
+    for (int64_t c = threadIdx.x; c < packs; c += blockDim.x) {
+      Pack<T> sum = {};
+      for (int32_t first = begin; first < end; first += kCornersTogether) {
+        T weight[kCornersTogether];
+        Pack<T> value[kCornersTogether];
+#pragma unroll
+        for (int i = 0; i < kCornersTogether; ++i) {
+          const int32_t corner = lattice.entry[first + i < end ? first + i : begin];
+          weight[i] = lattice.weight[corner];
+          value[i] = q ? load_pack(q + corner / (d + 1) * packs + c) : Pack<T>{1, 1, 1, 1};
+        }
+#pragma unroll
+        for (int i = 0; i < kCornersTogether; ++i)
+          if (first + i < end) sum += weight[i] * value[i];
       }
-      out[part * C + c] = sum;
+      store_pack(out + part * packs + c, sum);
     }
   }
 }
 
-// out [vertices][C]: the sums of each vertex's parts.
+// out [vertices][packs]: the sums of each vertex's parts.
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
-    sum_parts(const int32_t* found, const int32_t* first_part, const T* parts, int64_t C, T* out) {
+    sum_parts(const int32_t* found, const int32_t* first_part, const Pack<T>* parts, int64_t packs,
+              Pack<T>* out) {
   const int32_t vertices = found[0];
   for (int64_t v = first_row(); v < vertices; v += row_stride()) {
     const int32_t begin = first_part[v], end = first_part[v + 1];
-    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
-      T sum = parts[begin * C + c];
-      for (int32_t i = begin + 1; i < end; ++i) sum += parts[i * C + c];
-      out[v * C + c] = sum;
+    for (int64_t c = threadIdx.x; c < packs; c += blockDim.x) {
+      Pack<T> sum = load_pack(parts + begin * packs + c);
+      for (int32_t i = begin + 1; i < end; ++i) sum += load_pack(parts + i * packs + c);
+      store_pack(out + v * packs + c, sum);
     }
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
-    blur(const int32_t* found, const int32_t* ahead, const int32_t* behind, const T* from, int64_t C, T* to) {
+    blur(const int32_t* found, const int32_t* ahead, const int32_t* behind, const Pack<T>* from,
+         int64_t packs, Pack<T>* to) {
   const int32_t vertices = found[0];
-  for (int64_t v = first_row(); v < vertices; v += row_stride()) {
-    const int64_t a = ahead[v], b = behind[v];
-    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) {
-      const T sum = (b < 0 ? T(0) : from[b * C + c]) + (a < 0 ? T(0) : from[a * C + c]);
-      to[v * C + c] = lattice_blur<T>(from[v * C + c], sum);
+  int64_t v = first_row(), a = -1, b = -1;
+  auto take_neighbours = [&] {
+    if (v < vertices) a = ahead[v], b = behind[v];
+  };
+  take_neighbours();
+  for (; v < vertices; v += row_stride(), take_neighbours())
+    for (int64_t c = threadIdx.x; c < packs; c += blockDim.x) {
+      const Pack<T> none = {};
+      const Pack<T> sum =
+          (b < 0 ? none : load_pack(from + b * packs + c)) + (a < 0 ? none : load_pack(from + a * packs + c));
+      store_pack(to + v * packs + c, lattice_blur<T>(load_pack(from + v * packs + c), sum));
     }
-  }
 }
 
 // The weights in splat and slice times D^-1/2, D the answer to ones.
@@ -200,7 +219,7 @@ template <class T, int d>
 __global__ void __launch_bounds__(kLatticeThreads) normalise(LatticeView<T, d> lattice) {
   const int64_t pixel = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (pixel >= lattice.corners / (d + 1)) return;
-  const T scale = T(1) / std::sqrt(lattice.slice(pixel, 1, 0));
+  const T scale = T(1) / std::sqrt(lattice.slice(pixel, 1, 0).v[0]);
   for (int k = 0; k <= d; ++k) lattice.weight[pixel * (d + 1) + k] *= scale;
 }
 
@@ -208,19 +227,19 @@ __global__ void __launch_bounds__(kLatticeThreads) normalise(LatticeView<T, d> l
 template <class T, int d>
 class DeviceLattice {
  public:
-  // Numbers of `scratch`, which lattices may share.
-  static int64_t room(int64_t pixels, int64_t C) { return pixels * (d + 1) * C; }
+  // Packs of `scratch`, which lattices may share.
+  static int64_t room(int64_t pixels, int64_t packs) { return pixels * (d + 1) * packs; }
 
   DeviceLattice(const CudaCall& call, const LatticeMap<d>& map, const PixelFeatures<d>& features,
-                const Tensor& images, int64_t b, int64_t C, T* scratch)
+                const Tensor& images, int64_t b, int64_t packs, Pack<T>* scratch)
       : call_(call), sorter_(images, images.size(2) * images.size(3) * (d + 1)), scratch_(scratch) {
     const int64_t n = sorter_.count();
     numbers_ = new_on_device(images, {(3 + 2 * (d + 1)) * n + 2}, ScalarType::Int);
     weights_ = new_on_device(images, {n}, scalar_type_of<T>);
-    values_ = new_on_device(images, {n * C}, scalar_type_of<T>);
+    values_ = new_on_device(images, {n * packs * kPack}, scalar_type_of<T>);
     view_.corners = n;
     view_.weight = weights_.mutable_data_ptr<T>();
-    view_.values = values_.mutable_data_ptr<T>();
+    view_.values = packs_in<T>(values_);
     view_.vertex = numbers_.mutable_data_ptr<int32_t>();
     view_.neighbour = view_.vertex + n;
     view_.part_begin = view_.neighbour + 2 * (d + 1) * n;
@@ -246,17 +265,17 @@ class DeviceLattice {
 
   const LatticeView<T, d>& view() const { return view_; }
 
-  // view().values from q [pixels][C] (null: 1)
-  void filter(const T* q, int64_t C) {
-    T *from = scratch_, *to = values_.mutable_data_ptr<T>();
+  // view().values from q [pixels][packs] (null: 1)
+  void filter(const Pack<T>* q, int64_t packs) {
+    Pack<T>*from = scratch_, *to = packs_in<T>(values_);
     if ((d + 1) % 2 != 0) std::swap(from, to);  // so that the last blur ends in the values
-    const RowLaunch rows(call_, view_.corners, C);
-    launch(call_, splat_parts<T, d>, rows.grid, rows.block, 0, view_, q, C, from);
-    launch(call_, sum_parts<T>, rows.grid, rows.block, 0, view_.found, view_.first_part, from, C, to);
+    const RowLaunch rows(call_, view_.corners, packs);
+    launch(call_, splat_parts<T, d>, rows.grid, rows.block, 0, view_, q, packs, from);
+    launch(call_, sum_parts<T>, rows.grid, rows.block, 0, view_.found, view_.first_part, from, packs, to);
     for (int j = 0; j <= d; ++j) {
       std::swap(from, to);
       const int32_t* ahead = view_.neighbour + 2 * j * view_.corners;
-      launch(call_, blur<T>, rows.grid, rows.block, 0, view_.found, ahead, ahead + view_.corners, from, C,
+      launch(call_, blur<T>, rows.grid, rows.block, 0, view_.found, ahead, ahead + view_.corners, from, packs,
              to);
     }
   }
@@ -266,7 +285,7 @@ class DeviceLattice {
 
   const CudaCall& call_;
   Sorter<VertexKey> sorter_;
-  T* scratch_;
+  Pack<T>* scratch_;
   Tensor numbers_, weights_, values_;
   LatticeView<T, d> view_;
 };

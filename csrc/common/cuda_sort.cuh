@@ -34,7 +34,7 @@ struct SortPass {
   int32_t* totals;  // [digits]
 
   PSSL_HD int64_t blocks() const { return (count + kSortKeys - 1) / kSortKeys; }
-  __device__ int digit(int64_t i) const { return int(from.keys[i] >> shift & (kDigits - 1)); }
+  __device__ int digit(Key key) const { return int(key >> shift & (kDigits - 1)); }
   // A warp's keys are consecutive, kWarp a round.
   __device__ int64_t key(int warp, int round, int lane) const {
     return blockIdx.x * int64_t(kSortKeys) + (warp * kSortRounds + round) * kWarp + lane;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kSortThreads) count_digits(const __grid_consta
   __syncthreads();
   for (int round = 0; round < kSortRounds; ++round) {
     const int64_t i = pass.key(thread / kWarp, round, thread % kWarp);
-    if (i < pass.count) atomicAdd(&found[pass.digit(i)], 1);
+    if (i < pass.count) atomicAdd(&found[pass.digit(pass.from.keys[i])], 1);
   }
   __syncthreads();
   pass.counts[blockIdx.x * kDigits + thread] = found[thread];
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kSortThreads) count_digits(const __grid_consta
 // all. Loads of several rows are under way at a time.
 template <class Count>
 __global__ void __launch_bounds__(kSortThreads) sum_columns(Count* counts, int64_t rows, Count* totals) {
-  constexpr int kTogether = 16;
+  constexpr int kTogether = 32;
   const int64_t columns = blockDim.x;
   Count above = 0;
   counts += threadIdx.x;
@@ -92,11 +92,18 @@ __global__ void __launch_bounds__(kSortThreads) place_keys(const __grid_constant
   PSSL_SHARED(scratch, int32_t[kWarp]);
   const int thread = block_thread(), warp = thread / kWarp, lane = thread % kWarp;
   for (int w = 0; w < kSortWarps; ++w) next[w][thread] = 0;
-  __syncthreads();
-  for (int round = 0; round < kSortRounds; ++round) {
+  Key key[kSortRounds];
+  int32_t entry[kSortRounds];
+#pragma unroll
+  for (int round = 0; round < kSortRounds; ++round) {  // all loads under way at a time
     const int64_t i = pass.key(warp, round, lane);
-    if (i < pass.count) atomicAdd(&next[warp][pass.digit(i)], 1);
+    key[round] = i < pass.count ? pass.from.keys[i] : Key(0);
+    entry[round] = i < pass.count ? pass.from.entry(i) : 0;
   }
+  __syncthreads();
+#pragma unroll
+  for (int round = 0; round < kSortRounds; ++round)
+    if (pass.key(warp, round, lane) < pass.count) atomicAdd(&next[warp][pass.digit(key[round])], 1);
   int32_t all;
   int32_t place = block_sum_before(pass.totals[thread], &scratch[0], all);  // ends with a barrier
   place += pass.counts[blockIdx.x * kDigits + thread];
@@ -106,19 +113,18 @@ __global__ void __launch_bounds__(kSortThreads) place_keys(const __grid_constant
     place += of_warp;
   }
   __syncthreads();
+#pragma unroll
   for (int round = 0; round < kSortRounds; ++round) {
-    const int64_t i = pass.key(warp, round, lane);
-    if (pass.key(warp, round, 0) >= pass.count) break;
-    const bool there = i < pass.count;
-    const int digit = there ? pass.digit(i) : 0;
+    const bool there = pass.key(warp, round, lane) < pass.count;
+    const int digit = pass.digit(key[round]);
     const unsigned lanes = lanes_of_digit(there, digit), before = lanes & ((1u << lane) - 1);
     const int32_t to = next[warp][digit] + __popc(before);
     __syncwarp();  // all have read before the last of each digit writes
     if (there && lanes >> lane == 1) next[warp][digit] = to + 1;
     __syncwarp();
     if (!there) continue;
-    pass.to.keys[to] = pass.from.keys[i];
-    pass.to.entries[to] = pass.from.entry(i);
+    pass.to.keys[to] = key[round];
+    pass.to.entries[to] = entry[round];
   }
 }
 

@@ -60,7 +60,7 @@ def test_the_kernel_filters_on_the_lattice(sample_id, dtype):
 
 @native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("c, h, w", [(2, 130, 71), (17, 65, 64), (33, 64, 65), (90, 20, 67)])
+@pytest.mark.parametrize("c, h, w", [(2, 130, 71), (17, 65, 64), (33, 64, 65), (90, 20, 67), (150, 6, 7)])
 def test_several_tiles(c, h, w, dtype):
     """More pixels than a tile, more classes than the vectors a kernel keeps in registers."""
     images, probabilities = scene(1, c, h, w)
