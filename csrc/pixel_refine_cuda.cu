@@ -1,10 +1,14 @@
 // pixel_refine on CUDA: the affinities of all pixels once, then a launch for each iteration, a thread a pixel of some
 // classes. Neighbours are read where they lie, with clamped rows and columns: nothing is padded or unfolded.
 //
-// Images are taken as few at a time as fill the device, so that the affinities, N·H·W numbers an image, are few enough
-// to stay in its cache from one iteration to the next.
+// Colours and masks lie in planes of packs, four maps side by side, the last pack filled up with the last map. Images
+// are taken as few at a time as fill the device, so that the affinities, N·H·W numbers an image, are few enough to stay
+// in its cache from one iteration to the next. Tiles of an iteration are as tall as a block can be: what neighbours a
+// tile's pixels have in common comes to the processor once.
+#include <limits>
 #include <utility>
 
+#include "common/cuda_pack.cuh"
 #include "common/cuda_table.cuh"
 #include "common/cuda_tile.cuh"
 #include "common/cuda_views.cuh"
@@ -16,7 +20,31 @@ using namespace pssl;
 using namespace pssl::PSSL_SIMD_NAMESPACE;
 
 constexpr const char* kOp = "pixel_refine";
-constexpr int64_t kWaves = 2;  // blocks for each processor that images of one launch should make
+constexpr int64_t kWaves = 2;  // blocks for each processor that a launch should make
+constexpr int kMostPacks = 3;  // that a thread works on
+template <class T>
+constexpr int kTallest = 128 / int(sizeof(T));  // rows of a tile: registers allow no more
+
+// The pixels of some images, and what a block of a launch over them works on: a tile, a thread a pixel, and one group of
+// its packs. The groups of a tile are neighbouring blocks, so that its affinities come from memory once.
+struct Pixels {
+  int64_t H, W;
+  unsigned images, height = Tile::kHeight, groups = 1;
+
+  PSSL_HD unsigned across() const { return unsigned(Tile::across(W)); }
+  PSSL_HD unsigned tiles() const { return across() * unsigned((H + height - 1) / height); }
+  int64_t blocks() const { return int64_t(tiles()) * groups * images; }
+  dim3 grid() const { return grid_of(blocks()); }
+  dim3 block() const { return dim3(Tile::kWidth, height); }
+
+  PSSL_HD int64_t plane() const { return H * W; }
+  __device__ int64_t group() const { return blockIdx.x % groups; }
+  __device__ int64_t image() const { return blockIdx.x / groups / tiles(); }
+  __device__ Tile tile() const {
+    const unsigned index = blockIdx.x / groups % tiles();
+    return {int64_t(index / across()) * height, int64_t(index % across()) * Tile::kWidth, H, W};
+  }
+};
 
 // Neighbours, in tables on the device.
 template <class T>
@@ -42,99 +70,124 @@ struct Around {
   }
 };
 
-// planes [images,maps,H,W] of the batch's images from `first_image` on, resized where they are of another size.
+// planes [images,packs,H,W] of the batch's images from `first_image` on, resized where they are of another size.
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
-    read_planes(const __grid_constant__ TileOfMaps of, const __grid_constant__ AnyView<4> from,
-                int64_t first_image, T* planes) {
+    read_planes(const __grid_constant__ Pixels of, const __grid_constant__ AnyView<4> from,
+                int64_t first_image, Pack<T>* planes) {
   const Tile tile = of.tile();
-  const int64_t y = tile.y(), x = tile.x(), c = of.first<1>(), image = of.image<1>(), b = first_image + image;
+  const int64_t y = tile.y(), x = tile.x(), image = of.image(), b = first_image + image;
   if (!tile.inside()) return;
-  const int64_t h = from.size[2], w = from.size[3];
+  const int64_t maps = from.size[1], h = from.size[2], w = from.size[3];
   const AxisWeight wy = axis_weight(y, h, of.H, true), wx = axis_weight(x, w, of.W, true);
-  const int64_t below = wy.index + 1 < h ? wy.index + 1 : wy.index;
-  const int64_t right = wx.index + 1 < w ? wx.index + 1 : wx.index;
-  auto column = [&](int64_t at) {
-    return refine_blend(from.floating<T>(b, c, wy.index, at), from.floating<T>(b, c, below, at),
-                        T(wy.fraction));
-  };
+  const int64_t here = from.offset(b, 0, wy.index, wx.index);  // where no resizing is needed, (y,x)
+  const int64_t below = wy.index + 1 < h ? from.stride[2] : 0, right = wx.index + 1 < w ? from.stride[3] : 0;
   const bool same = h == of.H && w == of.W;
-  const T value =
-      same ? from.floating<T>(b, c, y, x) : refine_blend(column(wx.index), column(right), T(wx.fraction));
-  planes[((image * of.maps + c) * of.H + y) * of.W + x] = value;
+  for (int64_t first = 0; first < maps; first += kPack) {
+    const Pack<T> value = Pack<T>::of([&](int i) {
+      const int64_t map = here + std::min(first + i, maps - 1) * from.stride[1];
+      auto load = [&](int64_t at) { return load_floating<T>(from.data, from.type, map + at); };
+      auto column = [&](int64_t at) { return refine_blend(load(at), load(at + below), T(wy.fraction)); };
+      return same ? load(0) : refine_blend(column(0), column(right), T(wx.fraction));
+    });
+    store_pack(planes + ((image * packs_of(maps) + first / kPack) * of.H + y) * of.W + x, value);
+  }
 }
 
-// affinity [images,N,H,W] from colours [images,3,H,W]
+// affinity [images,N,H,W] from colours [images,1,H,W]
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
-    find_affinities(const __grid_constant__ TileOfMaps of, const __grid_constant__ Neighbours<T> near,
-                    const T* colours, T* affinity) {
+    find_affinities(const __grid_constant__ Pixels of, const __grid_constant__ Neighbours<T> near,
+                    const Pack<T>* colours, T* affinity) {
   const Tile tile = of.tile();
-  const int64_t y = tile.y(), x = tile.x(), plane = of.H * of.W, here = y * of.W + x;
+  const int64_t y = tile.y(), x = tile.x(), plane = of.plane(), here = y * of.W + x;
   if (!tile.inside()) return;
-  colours += of.image<1>() * kRefineChannels * plane;
-  affinity += of.image<1>() * near.size() * plane + here;
-  T own[kRefineChannels], factor[kRefineChannels];
-  for (int c = 0; c < kRefineChannels; ++c) {
-    const T* channel = colours + c * plane;
-    own[c] = channel[here];
-    const T squares = refine_squares<T, T>(near.count, [&](int64_t j, int i) {
-      return channel[Around(near.dilations[j], y, x, of.H, of.W)[i]] - own[c];
-    });
-    factor[c] = refine_colour_factor(squares, near.size(), near.colour_scale);
-  }
-  T largest = 0, total = 0;
-  for (int64_t j = 0; j < near.count; ++j) {
-    const Around around(near.dilations[j], y, x, of.H, of.W);
-    for (int i = 0; i < kRefineDirections; ++i) {
-      const int64_t n = j * kRefineDirections + i;
-      const T logit =
-          refine_logit<T, T>(factor, [&](int c) { return colours[c * plane + around[i]] - own[c]; });
-      affinity[n * plane] = logit;
-      largest = n == 0 || logit > largest ? logit : largest;
-    }
-  }
-  for (int64_t n = 0; n < near.size(); ++n) {
-    const T e = std::exp(affinity[n * plane] - largest);
-    affinity[n * plane] = e;
-    total += e;
-  }
+  colours += of.image() * plane;
+  affinity += of.image() * near.size() * plane + here;
+  const Pack<T> own = load_pack(colours + here);
+  auto difference = [&](int64_t j, int i) {
+    return load_pack(colours + Around(near.dilations[j], y, x, of.H, of.W)[i]) - own;
+  };
+  const Pack<T> squares = refine_squares<T, Pack<T>>(near.count, difference);
+  T factor[kRefineChannels];
+  for (int c = 0; c < kRefineChannels; ++c)
+    factor[c] = refine_colour_factor(squares.v[c], near.size(), near.colour_scale);
+  auto each_logit = [&](auto f) {  // found again each time: less to bring than what would have been kept
+    for (int64_t j = 0; j < near.count; ++j)
+#pragma unroll
+      for (int i = 0; i < kRefineDirections; ++i) {
+        const Pack<T> far = difference(j, i);
+        f(j * kRefineDirections + i, refine_logit<T, T>(factor, [&](int c) { return far.v[c]; }));
+      }
+  };
+  T largest = -std::numeric_limits<T>::infinity(), total = 0;
+  each_logit([&](int64_t, T logit) { largest = logit > largest ? logit : largest; });
+  each_logit([&](int64_t, T logit) { total += std::exp(logit - largest); });
   const T inverse = T(1) / total;
-  for (int64_t n = 0; n < near.size(); ++n)
-    affinity[n * plane] = affinity[n * plane] * inverse + near.position[n];
+  each_logit([&](int64_t n, T logit) {
+    affinity[n * plane] = std::exp(logit - largest) * inverse + near.position[n];
+  });
 }
 
-template <class T, int C>
-__global__ void __launch_bounds__(Tile::kThreads)
-    iterate(const __grid_constant__ TileOfMaps of, const __grid_constant__ Neighbours<T> near,
-            const T* affinity, const T* from, T* to) {
+// `to` [images,packs,H,W] from `from`, Q packs a thread; in the last iteration `out` [images,maps,H,W] instead.
+template <class T, int Q>
+__global__ void __launch_bounds__(kTallest<T>* Tile::kWidth)
+    iterate(const __grid_constant__ Pixels of, const __grid_constant__ Neighbours<T> near, const T* affinity,
+            const Pack<T>* from, int64_t maps, Pack<T>* to, T* out) {
   const Tile tile = of.tile();
-  const int64_t y = tile.y(), x = tile.x(), plane = of.H * of.W, here = y * of.W + x;
+  const int64_t y = tile.y(), x = tile.x(), plane = of.plane(), here = y * of.W + x;
   if (!tile.inside()) return;
-  const int64_t first = of.first<C>(), image = of.image<C>();
+  const int64_t first = of.group() * Q, packs = packs_of(maps), image = of.image();
   affinity += image * near.size() * plane + here;
-  from += image * of.maps * plane;
-  to += image * of.maps * plane + here;
-  const T* map[C];
-  T sum[C];
+  from += image * packs * plane;
+  const Pack<T>* pack[Q];
+  Pack<T> sum[Q] = {};
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
-    map[c] = from + (first + c < of.maps ? first + c : of.maps - 1) * plane;  // past the last: that again
-    sum[c] = 0;
-  }
+  for (int q = 0; q < Q; ++q) pack[q] = from + std::min(first + q, packs - 1) * plane;  // past the last: that
+  T next[kRefineDirections], weight[kRefineDirections];
+  auto take_next = [&] {
+#pragma unroll
+    for (int i = 0; i < kRefineDirections; ++i, affinity += plane)
+      next[i] = __ldcg(affinity);  // read once: room in the processor's cache is for the maps
+  };
+  take_next();
   for (int64_t j = 0; j < near.count; ++j) {
     const Around around(near.dilations[j], y, x, of.H, of.W);
 #pragma unroll
-    for (int i = 0; i < kRefineDirections; ++i, affinity += plane) {
-      const T weight = *affinity;
-      const int64_t there = around[i];
+    for (int i = 0; i < kRefineDirections; ++i) weight[i] = next[i];
+    if (j + 1 < near.count) take_next();
 #pragma unroll
-      for (int c = 0; c < C; ++c) sum[c] += weight * map[c][there];
-    }
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int i = 0; i < kRefineDirections; ++i) sum[q] += weight[i] * load_pack(pack[q] + around[i]);
   }
 #pragma unroll
-  for (int c = 0; c < C; ++c)
-    if (first + c < of.maps) to[(first + c) * plane] = sum[c];
+  for (int q = 0; q < Q; ++q) {
+    if (first + q >= packs) break;
+    if (!out) store_pack(to + (image * packs + first + q) * plane + here, sum[q]);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const int64_t map = (first + q) * kPack + i;
+      if (out && map < maps) out[(image * maps + map) * plane + here] = sum[q].v[i];
+    }
+  }
+}
+
+// Calls f(pixels, Q) with the tiles and the packs a thread, as a constant, of an iteration: as many as leave the device
+// filled. A pixel's result does not depend on it.
+template <class T, class F>
+void with_shape(const CudaCall& call, Pixels pixels, int64_t packs, const F& f) {
+  auto fills = [&](int height, int64_t most) {
+    pixels.height = unsigned(height);
+    pixels.groups = unsigned((packs + most - 1) / most);
+    return pixels.blocks() >= kWaves * call.limits.processors;
+  };
+  int64_t most = std::min<int64_t>(packs, kMostPacks);
+  if (!fills(kTallest<T>, most))
+    while (!fills(Tile::kHeight, most) && most > 1) --most;
+  if (most == 1) return f(pixels, std::integral_constant<int, 1>{});
+  if (most == 2) return f(pixels, std::integral_constant<int, 2>{});
+  return f(pixels, std::integral_constant<int, kMostPacks>{});
 }
 
 template <class T>
@@ -153,26 +206,24 @@ Tensor refine(const CudaCall& call, const Tensor& images, const Tensor& masks,
   const Neighbours<T> near{int64_t(dilations.size()), steps.get(), position.get(), T(colour_scale)};
 
   const int64_t fill = (kWaves * call.limits.processors + Tile::count(H, W) - 1) / Tile::count(H, W);
-  const int64_t together = std::min(fill, B);
-  Tensor colours = new_on_device(images, {together * kRefineChannels * plane}, scalar_type_of<T>);
-  Tensor affinity = new_on_device(images, {together * N * plane}, scalar_type_of<T>);
-  Tensor other = new_on_device(images, {together * k * plane}, scalar_type_of<T>);
-  const AnyView<4> image_view = AnyView<4>::of(images), mask_view = AnyView<4>::of(masks);
+  const int64_t together = std::min(fill, B), packs = packs_of(k);
+  auto numbers = [&](int64_t count) { return new_on_device(images, {together * count}, scalar_type_of<T>); };
+  Tensor colour_numbers = numbers(kPack * plane), affinity = numbers(N * plane);
+  Tensor first = numbers(packs * kPack * plane), second = numbers(packs * kPack * plane);
+  Pack<T>* const colours = packs_in<T>(colour_numbers);
   for (int64_t b = 0; b < B; b += together) {
-    const int64_t n = std::min(together, B - b);
-    const TileOfMaps channels{kRefineChannels, H, W, n}, pixels{1, H, W, n}, maps{k, H, W, n};
-    launch(call, read_planes<T>, channels.grid<1>(), Tile::block(), 0, channels, image_view, b,
-           colours.mutable_data_ptr<T>());
-    launch(call, find_affinities<T>, pixels.grid<1>(), Tile::block(), 0, pixels, near,
-           colours.mutable_data_ptr<T>(), affinity.mutable_data_ptr<T>());
-    T *to = result.mutable_data_ptr<T>() + b * k * plane, *from = other.mutable_data_ptr<T>();
-    if (iterations % 2 == 0) std::swap(from, to);  // so that the last one writes the result
-    launch(call, read_planes<T>, maps.grid<1>(), Tile::block(), 0, maps, mask_view, b, from);
-    with_maps_a_thread(call, maps.tiles() * n, k, [&](auto maps_a_thread) {
-      constexpr int C = maps_a_thread();
+    const Pixels pixels{H, W, unsigned(std::min(together, B - b))};
+    Pack<T>*from = packs_in<T>(first), *to = packs_in<T>(second);
+    T* const out = result.mutable_data_ptr<T>() + b * k * plane;
+    launch(call, read_planes<T>, pixels.grid(), pixels.block(), 0, pixels, AnyView<4>::of(images), b,
+           colours);
+    launch(call, find_affinities<T>, pixels.grid(), pixels.block(), 0, pixels, near, colours,
+           affinity.mutable_data_ptr<T>());
+    launch(call, read_planes<T>, pixels.grid(), pixels.block(), 0, pixels, AnyView<4>::of(masks), b, from);
+    with_shape<T>(call, pixels, packs, [&](const Pixels& shaped, auto packs_a_thread) {
       for (int64_t i = 0; i < iterations; ++i) {
-        launch(call, iterate<T, C>, maps.grid<C>(), Tile::block(), 0, maps, near,
-               affinity.mutable_data_ptr<T>(), from, to);
+        launch(call, iterate<T, packs_a_thread()>, shaped.grid(), shaped.block(), 0, shaped, near,
+               affinity.mutable_data_ptr<T>(), from, k, to, i + 1 < iterations ? nullptr : out);
         std::swap(from, to);
       }
     });

@@ -116,6 +116,14 @@ def test_refinement(backend, settings, size, grid, dtype, tolerance):
     assert_near(got, par(images.double(), masks.double(), *settings), tolerance)
 
 
+@BACKENDS
+@pytest.mark.parametrize("k", [1, 8, 14])
+def test_refinement_of_as_many_masks_as_threads_share(backend, k):
+    images, masks = rand(2, 3, 35, 40), rand(2, k, 9, 11, seed=67)
+    got = pixel_refine(images, masks, dilations=(1, 3, 11), iterations=3, backend=backend)
+    assert_near(got, par(images, masks, (1, 3, 11), 3, 0.3, 0.01))
+
+
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.integers(0, 99))
 def test_laws_of_refinement(h, w, k, seed):
     """Equal masks grow by 1 + position_weight an iteration; mirrored inputs give mirrored outputs; the scale of the
