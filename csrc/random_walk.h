@@ -49,9 +49,9 @@ PSSL_HD inline double walk_scale(double affinity_sum) {  // over the neighbours,
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
-// What a neighbour adds to that sum; V is a number or a vector of them.
-template <class V>
-PSSL_HD inline V walk_change(V affinity, V neighbour, V here) {
+// What a neighbour adds to that sum; V is a number or a vector of them, A too or a number.
+template <class A, class V>
+PSSL_HD inline V walk_change(A affinity, V neighbour, V here) {
   return affinity * (neighbour - here);
 }
 

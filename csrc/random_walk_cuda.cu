@@ -1,9 +1,11 @@
-// random_walk on CUDA: sparse steps (identity 3), a launch each, a thread a cell of some classes.
+// random_walk on CUDA: sparse steps (identity 3), a launch each, a thread some of a cell's neighbours.
 //
-// Maps lie in memory as on the CPU (WalkRun). Affinities are kept for the offsets that point ahead, (neighbours / 2)·h·w
-// numbers; those behind are the same numbers read from the other end. A step is a gather in a fixed order.
+// Maps lie in memory as on the CPU (WalkRun), four side by side in packs. Affinities are kept for the offsets that point
+// ahead, (neighbours / 2)·h·w numbers; those behind are the same numbers read from the other end. A step is a gather in a
+// fixed order, and so short that waiting for memory is most of it: hence many threads, each with several reads under way.
 #include <utility>
 
+#include "common/cuda_pack.cuh"
 #include "common/cuda_table.cuh"
 #include "common/cuda_tile.cuh"
 #include "common/cuda_views.cuh"
@@ -16,6 +18,8 @@ using namespace pssl::PSSL_SIMD_NAMESPACE;
 
 constexpr const char* kOp = "random_walk";
 constexpr int kOffsetGroup = 8;  // offsets whose feature distances a thread adds up at a time
+constexpr int kShares = 8;       // of a cell's offsets in a step, one a thread
+constexpr int kTogether = 3;     // offsets of a share that are under way at a time
 
 struct Walk {
   int64_t h, w, ld, lead, size;  // `lead` cells of value 0 before the map, as many behind
@@ -33,15 +37,7 @@ struct Walk {
   PSSL_HD int64_t cell(int64_t y, int64_t x) const { return lead + y * ld + x; }
   PSSL_HD bool has(int64_t y, int64_t x) const { return y < h && x >= 0 && x < w; }  // y is never negative
   PSSL_HD int64_t tiles() const { return Tile::count(h, w); }
-};
-
-// Maps in a run's layout, or in a plain one where they are handed out.
-template <class T>
-struct Maps {
-  T* data;
-  int64_t map, row, first;
-
-  __device__ T& at(int64_t c, int64_t y, int64_t x) const { return data[c * map + first + y * row + x]; }
+  PSSL_HD unsigned row_blocks() const { return unsigned((w + kWarp - 1) / kWarp); }  // of a step
 };
 
 template <class T>
@@ -49,16 +45,19 @@ __device__ T clamped_edge(const AnyView<2>& edge, int64_t y, int64_t x) {
   return std::clamp(edge.floating<T>(y, x), T(0), T(1));
 }
 
-// The maps at the first step, a class a row of the grid's blocks: damped by the edges, where there are any.
+// The maps at the first step, a pack a row of the grid's blocks: damped by the edges, where there are any. What fills up
+// the last pack is the last map again.
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
     start(const __grid_constant__ Walk walk, const __grid_constant__ AnyView<3> cams,
-          const __grid_constant__ AnyView<2> edge, Maps<T> to) {
+          const __grid_constant__ AnyView<2> edge, Pack<T>* to) {
   const Tile tile = Tile::at(blockIdx.x % walk.tiles(), walk.h, walk.w);
-  const int64_t c = blockIdx.x / walk.tiles(), y = tile.y(), x = tile.x();
+  const int64_t pack = blockIdx.x / walk.tiles(), y = tile.y(), x = tile.x();
   if (!tile.inside()) return;
-  const T value = cams.floating<T>(c, y, x);
-  to.at(c, y, x) = edge.data ? value * (T(1) - clamped_edge<T>(edge, y, x)) : value;
+  const T left = edge.data ? T(1) - clamped_edge<T>(edge, y, x) : T(1);
+  const Pack<T> value = Pack<T>::of(
+      [&](int i) { return cams.floating<T>(std::min(pack * kPack + i, cams.size[0] - 1), y, x) * left; });
+  store_pack(to + pack * walk.size + walk.cell(y, x), value);
 }
 
 template <class T>
@@ -131,35 +130,54 @@ __global__ void __launch_bounds__(Tile::kThreads)
   scale[p] = T(walk_scale(sum));
 }
 
-template <class T, int C>
-__global__ void __launch_bounds__(Tile::kThreads)
-    step(const __grid_constant__ Walk walk, const __grid_constant__ TileOfMaps of, const T* affinity,
-         const T* scale, Maps<const T> from, Maps<T> to) {
-  const Tile tile = of.tile();
-  const int64_t first = of.first<C>(), y = tile.y(), x = tile.x();
-  if (!tile.inside()) return;
-  const int64_t p = walk.cell(y, x);
-  const T* at[C];
-  T here[C], change[C];
+// Maps after a step, a block kWarp cells of a row in one pack; after the last one `out` [maps,h,w] instead.
+template <class T>
+__global__ void __launch_bounds__(kWarp* kShares, sizeof(T) == 4 ? 4 : 2)
+    step(const __grid_constant__ Walk walk, int64_t maps, const T* affinity, const T* scale,
+         const Pack<T>* from, Pack<T>* to, T* out) {
+  PSSL_SHARED(changes, Pack<T>[kShares][kWarp]);
+  const int lane = threadIdx.x, share = threadIdx.y;
+  const unsigned across = walk.row_blocks(), packs = unsigned(packs_of(maps)), row = blockIdx.x / across;
+  const int64_t pack = row % packs, y = row / packs, x = int64_t(blockIdx.x % across) * kWarp + lane;
+  const bool inside = x < walk.w;
+  const int64_t p = walk.cell(y, inside ? x : 0);
+  from += pack * walk.size + p;
+  affinity += p;
+  T ahead[kTogether], behind[kTogether];
+  int64_t distance[kTogether];
+  auto take_affinities = [&](int64_t first) {
 #pragma unroll
-  for (int c = 0; c < C; ++c) {
-    // past the last map: the last one again
-    at[c] = &from.at(first + c < of.maps ? first + c : of.maps - 1, y, x);
-    here[c] = *at[c];
-    change[c] = 0;
-  }
-  for (int64_t o = 0; o < walk.count; ++o, affinity += walk.size) {
-    const int64_t distance = walk.offsets[o].distance;
-    const T ahead = affinity[p], behind = affinity[p - distance];
-#pragma unroll
-    for (int c = 0; c < C; ++c) {
-      change[c] += walk_change(ahead, at[c][distance], here[c]);
-      change[c] += walk_change(behind, at[c][-distance], here[c]);
+    for (int i = 0; i < kTogether; ++i) {
+      const int64_t o = first + i * kShares < walk.count ? first + i * kShares : first;
+      distance[i] = walk.offsets[o].distance;
+      ahead[i] = affinity[o * walk.size], behind[i] = affinity[o * walk.size - distance[i]];
     }
-  }
+  };
+  if (share < walk.count) take_affinities(share);
+  const T rate = scale[p];
+  const Pack<T> here = load_pack(from);
+  Pack<T> change = {};
+  for (int64_t first = share; first < walk.count; first += kShares * kTogether) {
+    if (first > share) take_affinities(first);
+    Pack<T> next[kTogether], last[kTogether];
 #pragma unroll
-  for (int c = 0; c < C; ++c)
-    if (first + c < of.maps) to.at(first + c, y, x) = here[c] + scale[p] * change[c];
+    for (int i = 0; i < kTogether; ++i)
+      next[i] = load_pack(from + distance[i]), last[i] = load_pack(from - distance[i]);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (first + i * kShares < walk.count)
+        change += walk_change(ahead[i], next[i], here) + walk_change(behind[i], last[i], here);
+  }
+  store_pack(&changes[share][lane], change);
+  __syncthreads();
+  if (share > 0 || !inside) return;
+#pragma unroll
+  for (int i = 1; i < kShares; ++i) change += load_pack(&changes[i][lane]);
+  const Pack<T> moved = here + rate * change;
+  if (!out) store_pack(to + pack * walk.size + p, moved);
+#pragma unroll
+  for (int i = 0; i < kPack; ++i)
+    if (out && pack * kPack + i < maps) out[((pack * kPack + i) * walk.h + y) * walk.w + x] = moved.v[i];
 }
 
 template <class T>
@@ -191,23 +209,17 @@ Tensor walk_maps(const CudaCall& call, const Tensor& cams, const std::optional<T
   }
   launch(call, normalise<T>, grid_of(walk.tiles()), Tile::block(), 0, walk, affinity, scale);
 
-  Tensor maps = zeros<T>(cams, 2 * k * walk.size);
-  T* first = maps.mutable_data_ptr<T>();
-  Maps<T> from{first, walk.size, walk.ld, walk.lead}, to = from;
-  to.data += k * walk.size;
-  const Maps<T> out{result.mutable_data_ptr<T>(), h * w, w, 0};
-  launch(call, start<T>, grid_of(walk.tiles() * k), Tile::block(), 0, walk, AnyView<3>::of(cams), edges,
+  const int64_t packs = packs_of(k);
+  Tensor maps = zeros<T>(cams, 2 * packs * walk.size * kPack);
+  Pack<T>*from = packs_in<T>(maps), *to = from + packs * walk.size;
+  launch(call, start<T>, grid_of(walk.tiles() * packs), Tile::block(), 0, walk, AnyView<3>::of(cams), edges,
          from);
-  const TileOfMaps of{k, h, w};
-  with_maps_a_thread(call, of.tiles(), k, [&](auto maps_a_thread) {
-    constexpr int C = maps_a_thread();
-    for (int64_t i = 0; i < steps; ++i) {
-      const Maps<const T> read{from.data, from.map, from.row, from.first};
-      launch(call, step<T, C>, of.grid<C>(), Tile::block(), 0, walk, of, affinity, scale, read,
-             i + 1 < steps ? to : out);
-      std::swap(from, to);
-    }
-  });
+  const dim3 grid = grid_of(walk.row_blocks() * h * packs), block(kWarp, kShares);
+  for (int64_t i = 0; i < steps; ++i) {
+    launch(call, step<T>, grid, block, 0, walk, k, affinity, scale, from, to,
+           i + 1 < steps ? nullptr : result.mutable_data_ptr<T>());
+    std::swap(from, to);
+  }
   return result;
 }
 
