@@ -195,16 +195,19 @@ __global__ void __launch_bounds__(kLatticeThreads)
   }
 }
 
+// Neighbours are brought while the last kernel still runs.
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
     blur(const int32_t* found, const int32_t* ahead, const int32_t* behind, const Pack<T>* from,
          int64_t packs, Pack<T>* to) {
+  let_next_kernel_begin();
   const int32_t vertices = found[0];
   int64_t v = first_row(), a = -1, b = -1;
   auto take_neighbours = [&] {
     if (v < vertices) a = ahead[v], b = behind[v];
   };
   take_neighbours();
+  wait_for_last_kernel();
   for (; v < vertices; v += row_stride(), take_neighbours())
     for (int64_t c = threadIdx.x; c < packs; c += blockDim.x) {
       const Pack<T> none = {};
@@ -275,8 +278,8 @@ class DeviceLattice {
     for (int j = 0; j <= d; ++j) {
       std::swap(from, to);
       const int32_t* ahead = view_.neighbour + 2 * j * view_.corners;
-      launch(call_, blur<T>, rows.grid, rows.block, 0, view_.found, ahead, ahead + view_.corners, from, packs,
-             to);
+      launch_early(call_, early_, blur<T>, rows.grid, rows.block, view_.found, ahead, ahead + view_.corners,
+                   from, packs, to);
     }
   }
 
@@ -284,6 +287,7 @@ class DeviceLattice {
   dim3 by_pixel() const { return grid_of((view_.corners / (d + 1) + kLatticeThreads - 1) / kLatticeThreads); }
 
   const CudaCall& call_;
+  const bool early_ = can_begin_early(blur<T>);
   Sorter<VertexKey> sorter_;
   Pack<T>* scratch_;
   Tensor numbers_, weights_, values_;

@@ -130,12 +130,14 @@ __global__ void __launch_bounds__(Tile::kThreads)
   scale[p] = T(walk_scale(sum));
 }
 
-// Maps after a step, a block kWarp cells of a row in one pack; after the last one `out` [maps,h,w] instead.
+// Maps after a step, a block kWarp cells of a row in one pack; after the last one `out` [maps,h,w] instead. Affinities
+// are brought while the last step still runs.
 template <class T>
 __global__ void __launch_bounds__(kWarp* kShares, sizeof(T) == 4 ? 4 : 2)
     step(const __grid_constant__ Walk walk, int64_t maps, const T* affinity, const T* scale,
          const Pack<T>* from, Pack<T>* to, T* out) {
   PSSL_SHARED(changes, Pack<T>[kShares][kWarp]);
+  let_next_kernel_begin();
   const int lane = threadIdx.x, share = threadIdx.y;
   const unsigned across = walk.row_blocks(), packs = unsigned(packs_of(maps)), row = blockIdx.x / across;
   const int64_t pack = row % packs, y = row / packs, x = int64_t(blockIdx.x % across) * kWarp + lane;
@@ -155,6 +157,7 @@ __global__ void __launch_bounds__(kWarp* kShares, sizeof(T) == 4 ? 4 : 2)
   };
   if (share < walk.count) take_affinities(share);
   const T rate = scale[p];
+  wait_for_last_kernel();
   const Pack<T> here = load_pack(from);
   Pack<T> change = {};
   for (int64_t first = share; first < walk.count; first += kShares * kTogether) {
@@ -215,9 +218,10 @@ Tensor walk_maps(const CudaCall& call, const Tensor& cams, const std::optional<T
   launch(call, start<T>, grid_of(walk.tiles() * packs), Tile::block(), 0, walk, AnyView<3>::of(cams), edges,
          from);
   const dim3 grid = grid_of(walk.row_blocks() * h * packs), block(kWarp, kShares);
+  const bool early = can_begin_early(step<T>);
   for (int64_t i = 0; i < steps; ++i) {
-    launch(call, step<T>, grid, block, 0, walk, k, affinity, scale, from, to,
-           i + 1 < steps ? nullptr : result.mutable_data_ptr<T>());
+    launch_early(call, early, step<T>, grid, block, walk, k, affinity, scale, from, to,
+                 i + 1 < steps ? nullptr : result.mutable_data_ptr<T>());
     std::swap(from, to);
   }
   return result;

@@ -4,6 +4,7 @@
 // form of it, under which kernels run on the CPU (tests/cuda). So kernels are written with
 //
 //   launch(call, kernel<T>, grid, block, shared_bytes, arguments...)   for kernel<T><<<...>>>(...)
+//   launch_early(call, early, kernel<T>, grid, block, arguments...)    for one that begins before the last has ended
 //   PSSL_SHARED(name, T[32]);                                          for __shared__ T name[32];
 //   PSSL_DYNAMIC_SHARED(T, name);                                      for extern __shared__ T name[];
 //   PSSL_REGISTER_CUDA(m) { m.impl(...); }                             for STABLE_TORCH_LIBRARY_IMPL(pssl, CUDA, m)
@@ -143,6 +144,48 @@ void launch(const CudaCall& call, void (*kernel)(P...), dim3 grid, dim3 block, i
   kernel<<<grid, block, size_t(shared_bytes), call.stream>>>(static_cast<P>(arguments)...);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, call.op, ": CUDA launch failed: ", cudaGetErrorString(error));
+#endif
+}
+
+// Starts a kernel as `launch` does, but `early` before the stream's last kernel has ended: from where all of that one's
+// blocks have called let_next_kernel_begin or ended. Until it calls wait_for_last_kernel it may not write, nor read what
+// that one or others started early write; every thread has to call it.
+template <class... P, class... A>
+void launch_early(const CudaCall& call, bool early, void (*kernel)(P...), dim3 grid, dim3 block,
+                  const A&... arguments) {
+  if (!early) return launch(call, kernel, grid, block, 0, arguments...);
+#ifndef PSSL_CUDA_ON_CPU
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.stream = call.stream;
+  config.attrs = &overlap, config.numAttrs = 1;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+  STD_TORCH_CHECK(error == cudaSuccess, call.op, ": CUDA launch failed: ", cudaGetErrorString(error));
+#endif
+}
+
+// Whether a kernel that calls wait_for_last_kernel was compiled for devices where that waits.
+template <class... P>
+bool can_begin_early(void (*kernel)(P...)) {
+#ifdef PSSL_CUDA_ON_CPU
+  return kernel == nullptr;  // kernels run one after another
+#else
+  cudaFuncAttributes found{};
+  return cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.ptxVersion >= 90;
+#endif
+}
+
+__device__ inline void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
