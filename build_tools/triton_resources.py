@@ -13,12 +13,14 @@ from __future__ import annotations
 import collections
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,26 +125,33 @@ def launches(classes: int) -> list[Launch]:
     return found
 
 
-def compile_all(architecture: int, classes: int, seen: set[int]) -> Iterator[dict]:
-    """The figures of each kernel that ``seen`` does not hold yet."""
+def compile_all(pool: Executor) -> list[dict]:
+    """The figures of each kernel."""
     import triton
 
-    triton.runtime.driver.set_active(Target(architecture))
-    for launch in launches(classes):
-        compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.constants)
-        if id(compiled) in seen:  # Triton itself keeps what it compiled, by the kinds of the arguments
-            continue
-        seen.add(id(compiled))
-        yield {
-            "operator": launch.operator,
-            "kernel": launch.name,
-            "architecture": f"sm_{architecture}",
-            "shared": compiled.metadata.shared,
-            "warps": compiled.metadata.num_warps,
-            **figures(compiled.asm["cubin"]),
-            "multiplies": "tt.dot" in compiled.asm["ttir"],
-            "bundled": all(bundled(a) for a in launch.args if isinstance(a, tuple)),
-        }
+    found = {}
+    with triton.AsyncCompileMode(pool):
+        for architecture, numbers in CLASSES.items():
+            triton.runtime.driver.set_active(Target(architecture))
+            for launch in itertools.chain.from_iterable(map(launches, numbers)):
+                compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.constants)
+                # Triton itself keeps what it compiled, by the kinds of the arguments
+                found.setdefault(id(compiled), (architecture, launch, compiled))
+    return list(pool.map(lambda entry: describe(*entry), found.values()))
+
+
+def describe(architecture: int, launch: Launch, compiled: Any) -> dict:
+    """The figures of a kernel."""
+    return {
+        "operator": launch.operator,
+        "kernel": launch.name,
+        "architecture": f"sm_{architecture}",
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        **figures(compiled.asm["cubin"]),
+        "multiplies": "tt.dot" in compiled.asm["ttir"],
+        "bundled": all(bundled(a) for a in launch.args if isinstance(a, tuple)),
+    }
 
 
 def bundled(argument: tuple) -> bool:
@@ -205,11 +214,9 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     import triton
 
-    entries: list[dict] = []
-    seen: set[int] = set()
-    for architecture, numbers in CLASSES.items():
-        for classes in numbers:
-            entries += compile_all(architecture, classes, seen)
+    # threads: compiling holds Python's lock for a small part of its time
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
+        entries = compile_all(pool)
     print(f"Registers (+ spilled bytes), Triton {triton.__version__}\n{table(entries)}")
     failed = 0
     for entry in entries:
