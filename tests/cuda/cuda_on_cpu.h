@@ -68,6 +68,11 @@ struct Thread {
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
+// The lanes of a warp that wait in a collective and those that have returned, a bit each.
+struct Warp {
+  unsigned waiting = 0, returned = 0;
+};
+
 // The stacks of 1024 fibers; kept, since making them takes longer than most launches.
 class Stacks {
  public:
@@ -135,6 +140,7 @@ class Block {
       : grid(grid),
         size(size),
         threads_(size.x * size.y * size.z),
+        warps_((threads_.size() + kWarp - 1) / kWarp),
         shared_bytes_(shared_bytes),
         most_static_(most_static),
         body_(body),
@@ -150,6 +156,7 @@ class Block {
     error_ = nullptr;
     runnable_.clear();
     live_ = threads_.size();
+    std::fill(warps_.begin(), warps_.end(), Warp{});
     for (unsigned i = 0; i < threads_.size(); ++i) start(i);
     running = this;
     while (live_ && !error_) {
@@ -193,11 +200,12 @@ class Block {
   // `given` of every lane in `mask` comes together; returns what this lane receives.
   uint64_t collective(unsigned mask, Collective kind, uint64_t given, unsigned source, const Where& where) {
     Thread& t = current();
-    if (!(mask >> t.linear % kWarp & 1)) fail("warp collective: the own lane is not in the mask", where);
+    if (!(mask & bit(t))) fail("warp collective: the own lane is not in the mask", where);
     t.mask = mask, t.collective = kind, t.given = given, t.source = source;
     if (all_arrived(t, where)) {
       exchange(t, where);
     } else {
+      warp_of(t).waiting |= bit(t);
       wait(State::in_collective, where);
     }
     return t.received;
@@ -289,6 +297,7 @@ class Block {
       if (!error_) error_ = std::current_exception();
     }
     current().state = State::returned;
+    warp_of(current()).returned |= bit(current());
     --live_;
   }
 
@@ -330,6 +339,9 @@ class Block {
     fail("deadlock: a thread waits in a warp collective for lanes that never come", t.where);
   }
 
+  static unsigned bit(const Thread& t) { return 1u << t.linear % kWarp; }
+  Warp& warp_of(const Thread& t) { return warps_[t.linear / kWarp]; }
+
   template <class F>
   void each_lane(const Thread& of, const F& f) {
     for (unsigned lane = 0; lane < kWarp; ++lane) {
@@ -346,17 +358,17 @@ class Block {
 
   // Lanes that wait in another collective are still to come here: only if nobody can run any more do they disagree.
   bool all_arrived(const Thread& t, const Where& where) {
+    const Warp& warp = warp_of(t);
+    if (t.mask & warp.returned) fail("warp collective: the mask names a lane that has returned", where);
+    if (t.mask & ~warp.waiting & ~bit(t)) return false;
     bool all = true;
-    each_lane(t, [&](const Thread& other) {
-      if (other.state == State::returned)
-        fail("warp collective: the mask names a lane that has returned", where);
-      if (&other != &t && !together(other, t)) all = false;
-    });
+    each_lane(t, [&](const Thread& other) { all &= &other == &t || together(other, t); });
     return all;
   }
 
   void exchange(Thread& t, const Where& where) {
     uint64_t ballot = 0;
+    warp_of(t).waiting &= ~t.mask;
     each_lane(t, [&](const Thread& o) { ballot |= uint64_t(o.given != 0) << o.linear % kWarp; });
     each_lane(t, [&](Thread& o) {
       if (o.collective != Collective::shuffle) {
@@ -373,6 +385,7 @@ class Block {
   }
 
   std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
   std::vector<Thread*> runnable_;
   std::vector<SharedArray> arrays_;
   size_t shared_bytes_, most_static_, static_bytes_ = 0, live_ = 0;
