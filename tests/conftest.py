@@ -7,6 +7,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+pytest_plugins = ["beside"]
+
+# Before torch is loaded. The tests' tensors are small, and processes run beside them (beside.py); tests of what several
+# threads may change set their number themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 hypothesis.settings.register_profile("pssl", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("pssl")
 

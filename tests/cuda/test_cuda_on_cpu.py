@@ -5,13 +5,10 @@ of threads and blocks, so that the tests of determinism compare two of them. The
 sizes, for the launch choices that depend on them.
 """
 
-import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from beside import run_pytest
 
 import build
 
@@ -30,38 +27,28 @@ RUNS = {
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def runs(needed):
-    """The runs, two at a time, each a future of (exit status, output)."""
-    module = build.build()
-
-    def run(arguments: list[str], settings: dict[str, str]) -> tuple[int, str]:
-        variables = dict(os.environ, **build.environment())
-        variables |= {f"PSSL_CUDA_ON_CPU_{name}": value for name, value in settings.items()}
-        plugin = ["-p", "cuda_on_cpu", "--cuda-on-cpu", str(module), "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", *plugin, "-q", "tests/ops", *arguments]
-        found = subprocess.run(
-            command, cwd=build.ROOT, env=variables, capture_output=True, text=True, check=False
-        )
-        return found.returncode, found.stdout + found.stderr
-
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        yield {name: pool.submit(run, *how) for name, how in RUNS.items()}
+def run(name: str) -> tuple[int, str]:
+    build.skip_where_it_cannot()
+    arguments, settings = RUNS[name]
+    variables = {f"PSSL_CUDA_ON_CPU_{setting}": value for setting, value in settings.items()}
+    return run_pytest(
+        *("-p", "cuda_on_cpu", "--cuda-on-cpu", str(build.build())),
+        *("tests/ops", *arguments),
+        variables=build.environment() | variables,
+    )
 
 
+@pytest.mark.beside(run=run)
 @pytest.mark.parametrize("name", RUNS)
-def test_the_operators_tests_pass(runs, name, capsys):
-    status, output = runs[name].result()
+def test_the_operators_tests_pass(name, beside, capsys):
+    """What is skipped says why: an operator whose CUDA kernel is missing, in words that name it; none that has a .cu
+    file."""
+    status, output = beside
     lines = output.strip().splitlines()
     with capsys.disabled():
         print(f"\n  CUDA kernels on the CPU, {name}: {lines[-1].strip('= ') if lines else 'nothing'}")
     passed = re.search(r"(\d+) passed", output)
     assert status == 0 and passed and int(passed[1]) > 0, output[-10000:]
-
-
-def test_the_skipped_say_why(runs):
-    """An operator whose CUDA kernel is missing is skipped, in words that name it; one that has a .cu file is not."""
-    _, output = runs["suite"].result()
     missing = set(re.findall(r"no CUDA kernel yet: (\w+)", output))
     there = {path.stem.removesuffix("_cuda") for path in (build.ROOT / "csrc").glob("*_cuda.cu")}
     assert not missing & there

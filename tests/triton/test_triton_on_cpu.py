@@ -4,33 +4,31 @@ triton_on_cpu.py."""
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from beside import run_pytest
 
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.mark.slow
-def test_the_operators_tests_pass(capsys):
+def run() -> tuple[int, str]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    plugin = ["-p", "triton_on_cpu", "-p", "no:cacheprovider", "-q", "-m", "not slow"]
-    paths = [str(HERE.parent / "ops"), str(HERE / "interpreted.py")]
     folders = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugin, *paths],
-        cwd=HERE.parents[1],
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join(folders), OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        check=False,
+    return run_pytest(
+        *("-p", "triton_on_cpu", "-m", "not slow"),
+        *(str(HERE.parent / "ops"), str(HERE / "interpreted.py")),
+        variables={"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
     )
-    output = found.stdout + found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.beside(run=run)
+def test_the_operators_tests_pass(beside, capsys):
+    status, output = beside
     lines = output.strip().splitlines()
     with capsys.disabled():
         print(f"\n  Triton kernels in the interpreter: {lines[-1].strip('= ') if lines else 'nothing'}")
     passed = re.search(r"(\d+) passed", output)
-    assert found.returncode == 0 and passed and int(passed[1]) > 0, output[-10000:]
+    assert status == 0 and passed and int(passed[1]) > 0, output[-10000:]
