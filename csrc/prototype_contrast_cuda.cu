@@ -69,9 +69,11 @@ struct Call {
                                      vectors_image(),
                                      classes.padded,
                                      gradients,
+                                     classes.padded,
+                                     true,
                                      {},
                                      {}},
-                         classes.padded, true, body);
+                         body);
   }
   int64_t label_blocks() const { return classes.B * Tile::count(a.H(), a.W()); }
 };
@@ -110,7 +112,7 @@ std::tuple<Tensor, Tensor> contrast(const ContrastArguments& a) {
   return {loss, total};
 }
 
-// The gradients of the prototypes and of the temperature, from those of the products [B,h,w,padded].
+// The gradients of the prototypes and of the temperature, from those of the products [B,padded,plane].
 template <class T>
 void write_class_gradients(const Call<T>& c, const T* gradients, Tensor* grad_prototypes,
                            Tensor* grad_temperature) {
@@ -145,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
   p.grad_loss = AnyView<3>::of(grad_loss), p.grad_total = scalar(grad_total);
   if (needs[3]) p.grad_weights = AnyView<3>::of(grad_weights);
   const int64_t all = p.grid.all_pixels();
-  Tensor in_tiles = c.memory(a.same_grid() && of_classes ? all * c.classes.padded : 0);
+  const int64_t plane = coefficient_plane(p.grid.cells());
+  Tensor in_tiles = c.memory(a.same_grid() && of_classes ? c.classes.B * c.classes.padded * plane : 0);
   if (c.in_tiles(TileResiduals<T>{p}, needs[0] ? &grad_features : nullptr, c.data(in_tiles))) {
     class_gradients(in_tiles);
   } else {

@@ -6,11 +6,11 @@
 //   squares     A, gathered from the pixels
 //   class sums  sum_i f_i A_c(i); backward the features' gradient instead
 //
-// Where the grids are the same, tile_sums takes a tile through all of them, and same_grid backward; where the sums are too
-// many to stay with a block, same_grid takes it through the steps before.
+// Where the grids are the same, same_grid takes a tile through products and pixels, and backward to the features' gradient.
 #include <tuple>
 
-#include "prototype_pool_tiles_cuda.cuh"
+#include "common/cuda_class_sums.cuh"
+#include "prototype_pool_cuda.cuh"
 
 namespace {
 
@@ -80,16 +80,14 @@ std::tuple<Tensor, Tensor> pool_forward(const PoolArguments& a) {
   Tensor mass = new_on_device(a.features, {c.B, c.C}, scalar_type_of<T>);
   Pixels<T> p = c.pixels_of();
   CellSums<T> partial;
-  if (!run_tile_sums(c.call, a.features, a.regions, p, partial)) {
-    Tensor in_tiles = c.memory(a.same_grid() ? p.grid.all_pixels() * c.padded : 0);
-    const SameGrid<T> tiles{{}, {}, nullptr, 0, c.padded, c.data(in_tiles), {}, {}};
-    if (run_same_grid(c.call, a.features, a.regions, tiles, 0, a.normalize, TilePixels<T, true>{p})) {
-      partial = CellSums<T>(c.call, a.features, c.data(in_tiles), c.C, c.padded);
-    } else {
-      const LabelPass<T> pass(c, p, nullptr, false);
-      Tensor of_products = LabelPass<T>::gather(c, p).of_products;
-      partial = CellSums<T>(c.call, a.features, c.data(of_products), c.C, c.padded);
-    }
+  Tensor in_tiles = c.memory(a.same_grid() ? c.B * c.padded * coefficient_plane(p.grid.cells()) : 0);
+  const SameGrid<T> tiles{{}, {}, nullptr, 0, c.padded, c.data(in_tiles), 0, a.normalize, {}, {}};
+  if (run_same_grid(c.call, a.features, a.regions, tiles, TilePixels<T, true>{p})) {
+    partial = CellSums<T>(c.call, a.features, c.data(in_tiles), c.C, c.padded);
+  } else {
+    const LabelPass<T> pass(c, p, nullptr, false);
+    Tensor of_products = LabelPass<T>::gather(c, p).of_products;
+    partial = CellSums<T>(c.call, a.features, c.data(of_products), c.C, c.padded);
   }
   if (sums.numel() > 0)
     launch(c.call, add_chunks<T, T>, grid_for(sums.numel()), kThreads, 0, c.data(partial.partial), c.B,
@@ -97,7 +95,8 @@ std::tuple<Tensor, Tensor> pool_forward(const PoolArguments& a) {
   const int64_t pixels = a.H() * a.W(), chunks = (pixels + kMassPixels - 1) / kMassPixels;
   Tensor of_chunks = new_on_device(a.features, {c.B * chunks * c.C}, ScalarType::Double);
   double* counted = of_chunks.numel() > 0 ? of_chunks.mutable_data_ptr<double>() : nullptr;
-  launch(c.call, masses<T>, grid_of(c.B * chunks), kThreads, 0, c.masks, a.H(), a.W(), chunks, counted);
+  launch(c.call, masses<T>, grid_of(c.B * chunks), kThreads, kMassShared<T>, c.masks, a.H(), a.W(), chunks,
+         counted);
   if (mass.numel() > 0)
     launch(c.call, add_chunks<double, T>, grid_for(mass.numel()), kThreads, 0, counted, c.B, chunks, c.C,
            c.data(mass));
@@ -125,8 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> pool_backward(const std::optional<Tensor>& gr
   const SameGrid<T> tiles{{},       needs[0] ? AnyView<4>::of(grad_features) : AnyView<4>{},
                           q,        c.vectors_image(),
                           c.padded, nullptr,
+                          c.padded, a.normalize,
                           {},       {}};
-  if (run_same_grid(c.call, a.features, a.regions, tiles, c.padded, a.normalize, TilePixels<T, false>{p}))
+  if (run_same_grid(c.call, a.features, a.regions, tiles, TilePixels<T, false>{p}))
     return {grad_features, grad_regions, grad_weights};
   const LabelPass<T> pass(c, p, q, needs[0]);
   if (needs[0]) {

@@ -141,37 +141,63 @@ struct PixelGradients {
   }
 };
 
-// partial[b][chunk][c] = the masks' sums over a chunk of an image's label pixels; threads take a class and every n-th pixel.
-constexpr int64_t kMassPixels = 4096;
+// partial[b][chunk][c] = the masks' sums over a chunk of an image's label pixels. Labels come to shared memory, where
+// threads take a class and every n-th of them; of soft masks all threads take one class after the other.
+constexpr int kMassPixels = 4096;
+constexpr int kMassTogether = 4;  // pixels of a thread whose loads are under way together
 
-__device__ inline int mass_parts(int64_t C) { return C < kThreads ? kThreads / int(C) : 1; }
+template <class T>
+constexpr int64_t kMassShared = kMassTogether * kThreads * int64_t(sizeof(T) + sizeof(int32_t));
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     masses(const __grid_constant__ Masks masks, int64_t H, int64_t W, int64_t chunks, double* partial) {
+  constexpr int kStaged = kMassTogether * kThreads;
+  PSSL_DYNAMIC_SHARED(T, weights);
+  int32_t* labels = reinterpret_cast<int32_t*>(weights + kStaged);
   PSSL_SHARED(sums, double[kThreads]);
   const int64_t b = blockIdx.x / chunks, chunk = blockIdx.x % chunks, begin = chunk * kMassPixels;
-  const int64_t end = begin + kMassPixels < H * W ? begin + kMassPixels : H * W;
-  const int parts = mass_parts(masks.C), thread = int(threadIdx.x);
-  const int across = parts > 1 ? int(masks.C) : kThreads;
+  const int count = int(H * W - begin < kMassPixels ? H * W - begin : kMassPixels), thread = int(threadIdx.x);
+  double* out = partial + blockIdx.x * masks.C;
+  if (masks.is_soft) {
+    for (int64_t c = 0; c < masks.C; ++c) {
+      double sum = 0;
+#pragma unroll 4
+      for (int i = thread; i < count; i += kThreads) {
+        const int64_t y = (begin + i) / W, x = (begin + i) % W;
+        sum += double(masks.soft.floating<T>(b, c, y, x) * masks.template weight<T>(b, y, x));
+      }
+      sum = block_sum(sum, sums);
+      if (thread == 0) out[c] = sum;
+    }
+    return;
+  }
+  const int across = masks.C < kThreads ? int(masks.C) : kThreads, parts = kThreads / across;
+  const int part = thread / across;
   for (int64_t c0 = 0; c0 < masks.C; c0 += across) {
     const int64_t c = c0 + thread % across;
-    const int part = thread / across;
     double sum = 0;
-    int64_t y = (begin + part) / W, x = (begin + part) % W;
-    for (int64_t i = begin + part; c < masks.C && part < parts && i < end; i += parts) {
-      if (masks.is_soft) {
-        sum += double(masks.soft.floating<T>(b, c, y, x) * masks.template weight<T>(b, y, x));
-      } else if (masks.label(b, y, x) == c) {
-        sum += double(masks.template weight<T>(b, y, x));
+    for (int first = 0; first < count; first += kStaged) {
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kMassTogether; ++k) {
+        const int i = thread + k * kThreads;
+        const int64_t pixel = begin + first + i, y = pixel / W, x = pixel % W;
+        const bool inside = first + i < count;
+        labels[i] = inside ? masks.label(b, y, x) : -1;
+        weights[i] = inside ? masks.template weight<T>(b, y, x) : T(0);
       }
-      for (x += parts; x >= W; x -= W) ++y;
+      __syncthreads();
+      if (part >= parts) continue;
+#pragma unroll 8
+      for (int i = part; i < kStaged; i += parts)
+        if (labels[i] == c) sum += double(weights[i]);
     }
     sums[thread] = sum;
     __syncthreads();
     if (part == 0 && c < masks.C) {
       for (int other = 1; other < parts; ++other) sum += sums[thread + other * across];
-      partial[blockIdx.x * masks.C + c] = sum;
+      out[c] = sum;
     }
     __syncthreads();
   }

@@ -29,6 +29,10 @@ __device__ inline const Four<T>& four(const T* p) {
 constexpr int kClassGroup = 8;
 inline int64_t padded_classes(int64_t C) { return (C + kClassGroup - 1) / kClassGroup * kClassGroup; }
 
+// Coefficients of cells, the gradients of their products, lie class by class: [B][padded][plane] with an image's cells in a
+// plane, and zeros up to a multiple of 4.
+PSSL_HD inline int64_t coefficient_plane(int64_t cells) { return (cells + kFour - 1) / kFour * kFour; }
+
 // The cells of an image cut into tiles of 4 rows of 32: rows of the map, or, `flat`, cells one after another whatever row
 // they are in, where neighbours do not count.
 struct CellTiles {

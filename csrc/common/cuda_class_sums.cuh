@@ -9,7 +9,7 @@ namespace pssl::PSSL_SIMD_NAMESPACE {
 template <class T>
 struct ClassSums {
   AnyView<4> f;
-  const T* gradients;  // [B,h,w,padded]
+  const T* gradients;  // [B,padded,plane]
   int64_t C, padded;
   T* partial;  // [B,chunks,C,D]
   int64_t chunks;
@@ -75,19 +75,17 @@ __global__ void __launch_bounds__(kThreads) class_sums(const __grid_constant__ C
   task /= p.channel_tiles();
   const int64_t c0 = task % p.passes() * p.kClasses;
   task /= p.passes();
-  const int64_t chunk = task % p.chunks, b = task / p.chunks, cells = p.tiles.h * p.tiles.w;
+  const int64_t chunk = task % p.chunks, b = task / p.chunks;
+  const int64_t plane = coefficient_plane(p.tiles.h * p.tiles.w);
   const int count = int(p.C - c0 < p.kClasses ? p.C - c0 : p.kClasses);
   const int thread = block_thread(), across = p.across(), down = p.down();
   const int d = thread % across, c = thread / across % down, part = thread / (across * down);
   T sum[kFour][kFour] = {};
   for (int64_t tile = p.tiles.count() * chunk / p.chunks; tile < p.tiles.count() * (chunk + 1) / p.chunks;
        ++tile) {
-    auto cell = [&](int j) {
-      const int64_t own = p.tiles.cell(tile, j / kTileColumns, j % kTileColumns);
-      return own < 0 ? own : b * cells + own;
-    };
+    auto cell = [&](int j) { return p.tiles.cell(tile, j / kTileColumns, j % kTileColumns); };
     __syncthreads();
-    stage_coefficients(p.gradients, p.padded, c0, count, cell, coefficients);
+    stage_coefficients(p.gradients + b * p.padded * plane, plane, c0, count, cell, coefficients);
     find_offsets<Alone>(p.f, p.tiles, b, tile, at);
     __syncthreads();
     // Cells that count for nothing are left out, not multiplied by 0: their features may be NaN.
@@ -130,6 +128,117 @@ __global__ void __launch_bounds__(kThreads) class_sums(const __grid_constant__ C
     }
 }
 
+// The same in quads: a warp for four channels, a pass of classes and a chunk of the cells of an image, each lane with four
+// cells of a tile; at the end the lanes' sums are added up.
+constexpr int kQuadSumWarps =
+    8;  // of a block: with neighbouring channels, so that they find their coefficients in the cache
+
+struct QuadSum {
+  const ClassSums<float>& p;
+  int64_t d0, c0, chunk, b;
+
+  static constexpr int kClasses = QuadTile::kClasses;
+
+  PSSL_HD static int64_t tasks(const ClassSums<float>& p) {
+    return p.f.size[0] * p.chunks * passes(p) * channel_groups(p);
+  }
+  PSSL_HD static int64_t passes(const ClassSums<float>& p) { return (p.C + kClasses - 1) / kClasses; }
+  PSSL_HD static int64_t channel_groups(const ClassSums<float>& p) {
+    return (p.f.size[1] + kFour - 1) / kFour;
+  }
+
+  __device__ QuadSum(const ClassSums<float>& p, int64_t task) : p(p) {
+    d0 = task % channel_groups(p) * kFour, task /= channel_groups(p);
+    c0 = task % passes(p) * kClasses, task /= passes(p);
+    chunk = task % p.chunks, b = task / p.chunks;
+  }
+  // Four channels of four cells of a tile, `place` the first.
+  template <class S>
+  __device__ void load(int64_t place, Pack<S> (&f)[kFour]) const {
+    const int64_t cells = p.tiles.h * p.tiles.w, w = p.tiles.w;
+    int64_t at[kFour];
+#pragma unroll
+    for (int i = 0; i < kFour; ++i) {
+      const int64_t cell = place + i;
+      at[i] = cell < cells ? p.f.offset(b, 0, cell / w, cell % w) : -1;
+    }
+    const Quad<const S> quad(p.f, at);
+#pragma unroll
+    for (int k = 0; k < kFour; ++k)
+      if (d0 + k < p.f.size[1]) f[k] = quad.load(d0 + k);
+  }
+  // Cells that count for nothing are left out, not multiplied by 0: their features may be NaN, which is rare.
+  __device__ void leave_out(const float* of_place, int64_t plane, Four<float> (&f)[kFour]) const {
+    for (int i = 0; i < kFour; ++i) {
+      bool any = false;
+      for (int64_t c = 0; c < p.C; ++c) any |= of_place[c * plane + i] != 0.0f;
+      if (any) continue;
+#pragma unroll
+      for (int k = 0; k < kFour; ++k) f[k].v[i] = 0.0f;
+    }
+  }
+  template <class S>
+  __device__ void run(int lane) const {
+    const int64_t plane = coefficient_plane(p.tiles.h * p.tiles.w), tiles = p.tiles.count();
+    const int64_t first = tiles * chunk / p.chunks, last = tiles * (chunk + 1) / p.chunks;
+    const int groups = int((p.padded - c0) / kClassGroup);
+    float sum[kFour][kClasses] = {};  // of channels and classes
+    Pack<S> next[kFour] = {};
+    if (first < last) load(first * kTileCells + lane * kFour, next);
+#pragma unroll 1
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t place = tile * kTileCells + lane * kFour;
+      Four<float> f[kFour];
+      float test = 0;
+#pragma unroll
+      for (int k = 0; k < kFour; ++k) {
+        f[k] = floats(next[k]);
+#pragma unroll
+        for (int i = 0; i < kFour; ++i) test += f[k].v[i] * 0.0f;
+      }
+      if (tile + 1 < last) load(place + kTileCells, next);
+      if (place >= plane) continue;
+      const float* of_place = p.gradients + b * p.padded * plane + place;
+      if (test != 0.0f) leave_out(of_place, plane, f);
+#pragma unroll
+      for (int group = 0; group < QuadTile::kGroups; ++group) {
+        if (group >= groups) break;
+#pragma unroll
+        for (int c = group * kClassGroup; c < (group + 1) * kClassGroup; ++c) {
+          const Four<float> g = four(of_place + (c0 + c) * plane);
+#pragma unroll
+          for (int k = 0; k < kFour; ++k)
+#pragma unroll
+            for (int i = 0; i < kFour; ++i) sum[k][c] += f[k].v[i] * g.v[i];
+        }
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < kFour * kClasses / kWarp; ++part) {
+      float values[kWarp];
+#pragma unroll
+      for (int i = 0; i < kWarp; ++i) {
+        const int number = part * kWarp + i;
+        values[i] = sum[number / kClasses][number % kClasses];
+      }
+      const float all = warp_sums(values);
+      const int number = part * kWarp + lane;
+      const int64_t d = d0 + number / kClasses, c = c0 + number % kClasses;
+      if (c < p.C && d < p.f.size[1]) p.partial[((b * p.chunks + chunk) * p.C + c) * p.f.size[1] + d] = all;
+    }
+  }
+};
+static_assert(kFour * QuadSum::kClasses % kWarp == 0);
+
+template <class T>
+__global__ void __launch_bounds__(kQuadSumWarps* kWarp)
+    quad_class_sums(const __grid_constant__ ClassSums<T> p) {
+  const int64_t task = int64_t(blockIdx.x) * kQuadSumWarps + threadIdx.x / kWarp;
+  if (task >= QuadSum::tasks(p)) return;
+  with_element<float>(
+      p.f.type, [&](auto zero) { QuadSum(p, task).template run<decltype(zero)>(int(threadIdx.x) % kWarp); });
+}
+
 // out[b][i] = the sum over the chunks of partial[b][chunk][i], i < n
 template <class P, class T>
 __global__ void __launch_bounds__(kThreads)
@@ -154,6 +263,13 @@ struct CellSums {
   CellSums(const CudaCall& call, const Tensor& features, const T* gradients, int64_t C, int64_t padded) {
     ClassSums<T> p = problem(features, gradients, C, padded, int64_t(4) << 20);
     if (!p.partial) return;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (in_quads<T>(p.f)) {
+        const int64_t blocks = (QuadSum::tasks(p) + kQuadSumWarps - 1) / kQuadSumWarps;
+        launch(call, quad_class_sums<T>, grid_of(blocks), kQuadSumWarps * kWarp, 0, p);
+        return;
+      }
+    }
     const int64_t B = p.f.size[0];
     auto bytes = [&](int log2) { return p.shared(log2) * int64_t(sizeof(T)); };
     p.log2_channels = fitting_channels(call.limits, sizeof(T) == 8 ? 5 : 6, bytes);

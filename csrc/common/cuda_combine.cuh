@@ -8,34 +8,6 @@ namespace pssl::PSSL_SIMD_NAMESPACE {
 
 constexpr int kNeighbours = 9, kCentre = 4;  // row by row
 
-// sum[channel][cell] += sum_c q[channel][c] g[c][cell] for four channels, `padded` apart in q, `channels` of which there
-// are, and classes [0, count), a multiple of 4.
-template <class T>
-__device__ inline void add_classes(const T* q, int64_t padded, int channels, const T* coefficients, int count,
-                                   T (&sum)[kFour][kFour]) {
-#pragma unroll 1
-  for (int c = 0; c < count; c += kFour) {
-    Four<T> g[kFour];
-#pragma unroll
-    for (int k = 0; k < kFour; ++k) g[k] = four(coefficients + (c + k) * kTilePlane);
-#pragma unroll
-    for (int d = 0; d < kFour; ++d) {
-      if (d >= channels) break;
-      const Four<T> vectors = four(q + d * padded + c);
-#pragma unroll
-      for (int k = 0; k < kFour; ++k)
-#pragma unroll
-        for (int i = 0; i < kFour; ++i) sum[d][i] += vectors.v[k] * g[k].v[i];
-    }
-  }
-}
-
-// 0 · NaN: a cell that no counted pixel touches must not pass its NaN on.
-template <class T>
-__device__ inline T times_if(T coefficient, T value) {
-  return coefficient != T(0) ? coefficient * value : T(0);
-}
-
 // sum[cell] += coefficients[neighbour][cell] times the neighbours' features in one channel.
 template <class T>
 __device__ inline void add_neighbours(const T* cell, const T* coefficients, T (&sum)[kFour]) {
@@ -106,17 +78,15 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Comb
   const int64_t cells = p.tiles.h * p.tiles.w, n = p.f.size[0] * cells;
   const int warp = block_thread() / kWarp, lane = block_thread() % kWarp;
   const int row = lane / (kTileColumns / kFour), column = lane % (kTileColumns / kFour) * kFour;
-  auto cell = [&](int j) {
-    const int64_t own = p.tiles.cell(tile, j / kTileColumns, j % kTileColumns);
-    return own < 0 ? own : b * cells + own;
-  };
+  const int64_t plane = coefficient_plane(cells);
+  auto cell = [&](int j) { return p.tiles.cell(tile, j / kTileColumns, j % kTileColumns); };
   find_offsets<WithAround>(p.f, p.tiles, b, tile, at);
   find_offsets<Alone>(p.out, p.tiles, b, tile, at_out);
   for (int i = block_thread(); p.pairs && i < kNeighbours * kTileCells; i += block_threads()) {
     const int j = i % kTileCells, k = i / kTileCells, y = j / kTileColumns, x = j % kTileColumns;
     const bool both = cell(j) >= 0 && p.tiles.cell(tile, y + k / 3 - 1, x + k % 3 - 1) >= 0;
     of_neighbours[k * kTilePlane + j] =
-        both ? neighbour_coefficient(p.pairs, n, p.tiles.w, cell(j), k) : T(0);
+        both ? neighbour_coefficient(p.pairs, n, p.tiles.w, b * cells + cell(j), k) : T(0);
   }
   const int64_t D = p.f.size[1];
   for (int64_t d0 = 0; d0 < D; d0 += int64_t(1) << p.log2_channels) {
@@ -129,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Comb
       const int count = int(p.padded - c < p.classes ? p.padded - c : p.classes);
       if (c > 0) __syncthreads();
       if (d0 == 0 || p.classes < p.padded)
-        stage_coefficients(p.gradients, p.padded, c, count, cell, coefficients);
+        stage_coefficients(p.gradients + b * p.padded * plane, plane, c, count, cell, coefficients);
       __syncthreads();
       add_classes(p.q + b * p.q_image + d * p.padded + c, p.padded, channels,
                   coefficients + row * kTileColumns + column, count, sum);

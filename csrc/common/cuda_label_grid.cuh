@@ -229,15 +229,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// gradients[cell][c] = d loss / d product of the cell with class c, from its four squares; 0 for the classes behind the
-// C-th. pairs[4][cell] the same of the products that add_squares makes, twice for the cell's own; null: none.
+// gradients[b][c][cell] = d loss / d product of the cell with class c, from its four squares; 0 for the classes behind the
+// C-th. pairs[4][cell] the same of |f|^2, twice, and of the products that add_pairs makes; null: none.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     cell_gradients(const __grid_constant__ LabelGrid<T> grid, const T* corners, const T* terms, int64_t C,
                    int64_t padded, T* gradients, T* pairs) {
-  const int64_t thread = grid_thread(), cell = thread / padded, c = thread % padded, n = grid.all_cells();
-  if (cell >= n) return;
-  const int64_t row = cell % grid.cells() / grid.w, column = cell % grid.w;
+  const int64_t thread = grid_thread(), c = thread % padded, plane = coefficient_plane(grid.cells());
+  const int64_t place = thread / padded % plane, b = thread / padded / plane, n = grid.all_cells();
+  if (b >= grid.B) return;
+  T& gradient = gradients[(b * padded + c) * plane + place];
+  if (place >= grid.cells()) {
+    gradient = T(0);
+    return;
+  }
+  const int64_t cell = b * grid.cells() + place, row = place / grid.w, column = place % grid.w;
   const bool left = column > 0, above = row > 0;
   // a square's sum k, of this cell's own square, the one to the left, above, or both
   auto gather = [&](const T* sums, int own, int of_left, int of_above, int of_both, int64_t width,
@@ -249,7 +255,7 @@ __global__ void __launch_bounds__(kThreads)
     if (left && above && of_both >= 0) sum += of(of_both, cell - grid.w - 1);
     return sum;
   };
-  gradients[cell * padded + c] = c < C ? gather(corners, 0, 1, 2, 3, padded, c) : T(0);
+  gradient = c < C ? gather(corners, 0, 1, 2, 3, padded, c) : T(0);
   if (!pairs || c > 0) return;
   pairs[cell] = T(2) * gather(terms, kSelf, kSelf + 1, kSelf + 2, kSelf + 3, 1, 0);
   pairs[n + cell] = gather(terms, kRight, -1, kRight + 1, -1, 1, 0);
@@ -260,7 +266,7 @@ __global__ void __launch_bounds__(kThreads)
 // The gradients of all products of cells.
 template <class T>
 struct CellGradients {
-  Tensor of_products, of_pairs;  // [B,h,w,padded]; [4,B,h,w], empty where norms do not count
+  Tensor of_products, of_pairs;  // [B,padded,plane]; [4,B,h,w], empty where norms do not count
 
   // norm_gradient [B,H,W], or null
   template <class Body>
@@ -269,14 +275,15 @@ struct CellGradients {
     const int64_t n = grid.all_cells();
     auto memory = [&](int64_t count) { return new_on_device(like, {count}, scalar_type_of<T>); };
     Tensor corners = memory(4 * n * padded), terms = memory(norm_gradient ? kSquareTerms * n : 0);
-    of_products = memory(n * padded), of_pairs = memory(norm_gradient ? 4 * n : 0);
+    const int64_t coefficients = grid.B * padded * coefficient_plane(grid.cells());
+    of_products = memory(coefficients), of_pairs = memory(norm_gradient ? 4 * n : 0);
     if (n == 0) return;
     launch(call, square_products<T, Body>, grid_for(n * C), kThreads, 0, grid, body, C, padded,
            corners.mutable_data_ptr<T>());
     if (norm_gradient)
       launch(call, square_norms<T>, grid_for(n * kWarp), kThreads, 0, grid, norm_gradient,
              terms.mutable_data_ptr<T>());
-    launch(call, cell_gradients<T>, grid_for(n * padded), kThreads, 0, grid, corners.mutable_data_ptr<T>(),
+    launch(call, cell_gradients<T>, grid_for(coefficients), kThreads, 0, grid, corners.mutable_data_ptr<T>(),
            norm_gradient ? terms.mutable_data_ptr<T>() : nullptr, C, padded,
            of_products.mutable_data_ptr<T>(), norm_gradient ? of_pairs.mutable_data_ptr<T>() : nullptr);
   }

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "common/cuda_stage.cuh"
+#include "common/cuda_quads.cuh"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
@@ -42,44 +42,9 @@ ProductWarps product_warps(const DeviceLimits& limits, int64_t padded, bool norm
   return warps;
 }
 
-// sum[0..8) += f · q[0..8) of a channel, for four cells
-template <class T>
-__device__ inline void add_products(const Four<T>& f, const T* q, T (&sum)[kClassGroup][kFour]) {
-  const Four<T> low = four(q), high = four(q + kFour);
-#pragma unroll
-  for (int c = 0; c < kFour; ++c)
-#pragma unroll
-    for (int i = 0; i < kFour; ++i) {
-      sum[c][i] += f.v[i] * low.v[c];
-      sum[c + kFour][i] += f.v[i] * high.v[c];
-    }
-}
-
-// sum[0] += f·f, and, with the next row and column, of identity 1 the other three: [1] with the right, [2] with the lower
-// neighbour, [3] the two diagonals of the square whose upper left corner the cell is.
-template <class T, class Around>
-__device__ inline void add_squares(const T* cell, T (&sum)[kClassGroup][kFour]) {
-  const Four<T> f = four(cell);
-#pragma unroll
-  for (int i = 0; i < kFour; ++i) sum[0][i] += f.v[i] * f.v[i];
-  if constexpr (Around::kRows > kTileRows) {
-    const T* below = cell + Around::kRow;
-    const Four<T> g = four(below);
-    const T behind = cell[kFour], diagonal = below[kFour];
-#pragma unroll
-    for (int i = 0; i < kFour; ++i) {
-      const T right = i + 1 < kFour ? f.v[(i + 1) % kFour] : behind;
-      const T below_right = i + 1 < kFour ? g.v[(i + 1) % kFour] : diagonal;
-      sum[1][i] += f.v[i] * right;
-      sum[2][i] += f.v[i] * g.v[i];
-      sum[3][i] += f.v[i] * below_right + right * g.v[i];
-    }
-  }
-}
-
 // The products of a tile with vectors q [D][padded]. `at`: find_offsets, behind a barrier. In the threads that hold
 // sums of all channels, sink(c, cell, sum) gets the products of four cells from the tile's `cell` on with classes c + [0, 8),
-// or with c = -1 those of add_squares. Ends without a barrier.
+// or with c = -1 those of add_squares and add_pairs. Ends without a barrier.
 template <class T, class Around, class Sink>
 __device__ void tile_products(const AnyView<4>& f, const T* q, int64_t padded, const ProductWarps& warps,
                               const int64_t* at, T* staged, const Sink& sink) {
@@ -101,8 +66,12 @@ __device__ void tile_products(const AnyView<4>& f, const T* q, int64_t padded, c
       const int count = int(D - d0 < channels ? D - d0 : channels);
       if (busy && is_norm) {
 #pragma unroll 2
-        for (int d = part; d < count; d += warps.parts)
-          add_squares<T, Around>(staged + d * Around::kPlane + place, sum);
+        for (int d = part; d < count; d += warps.parts) {
+          const T *own = staged + d * Around::kPlane + place, *below = own + Around::kRow;
+          add_squares(four(own), sum[0]);
+          if constexpr (Around::kRows > kTileRows)
+            add_pairs(four(own), four(below), own[kFour], below[kFour], sum);
+        }
       } else if (busy) {
 #pragma unroll 2
         for (int d = part; d < count; d += warps.parts)
@@ -126,6 +95,9 @@ __device__ void tile_products(const AnyView<4>& f, const T* q, int64_t padded, c
     first += pass;
   } while (first < padded);
 }
+
+constexpr int kPairTerms = 4;  // what identity 1 wants of a cell: |f|^2 and three products with neighbours
+constexpr int kQuadPairWarps = 8;  // share the channels
 
 // The products of all cells of a batch.
 template <class T>
@@ -164,12 +136,104 @@ __global__ void __launch_bounds__(ProductWarps::kMost* kWarp)
       });
 }
 
+// The same in quads: the products with class vectors, a block for a tile of an image's cells in a row ...
+template <class T>
+__global__ void __launch_bounds__(QuadTile::kMost* kWarp)
+    quad_cell_products(const __grid_constant__ CellProducts<T> p, const __grid_constant__ QuadTile shape) {
+  PSSL_DYNAMIC_SHARED(float, area);
+  PSSL_SHARED(at, int64_t[kTileCells]);
+  float* rows = area + shape.area();
+  const int64_t b = blockIdx.x / p.tiles.count(), tile = blockIdx.x % p.tiles.count();
+  find_offsets<Alone>(p.f, p.tiles, b, tile, at);
+  __syncthreads();
+  with_element<float>(p.f.type, [&](auto zero) {
+    const Quad<const decltype(zero)> quad(p.f, at + block_thread() % kWarp * kFour);
+    quad_products(quad, p.f.size[1], p.q + b * p.q_image, p.padded, shape, area, rows, nullptr);
+  });
+  __syncthreads();
+  for (int64_t i = block_thread(); i < kTileCells * p.padded / kFour; i += block_threads()) {
+    const int j = int(i % kTileCells);
+    const int64_t c = i / kTileCells * kFour, cell = p.tiles.cell(tile, j / kTileColumns, j % kTileColumns);
+    const float* row = rows + c * kTilePlane + j;
+    if (cell >= 0)
+      four(p.dots + (b * p.tiles.h * p.tiles.w + cell) * p.padded + c) = {
+          row[0], row[kTilePlane], row[2 * kTilePlane], row[3 * kTilePlane]};
+  }
+}
+
+// ... and those with neighbours, whose tiles are 4 rows of 32 cells.
+template <class T>
+__global__ void __launch_bounds__(kQuadPairWarps* kWarp)
+    quad_cell_pairs(const __grid_constant__ CellProducts<T> p) {
+  PSSL_DYNAMIC_SHARED(float, area);
+  PSSL_SHARED(at, int64_t[WithNext::kCells]);
+  const int64_t b = blockIdx.x / p.tiles.count(), tile = blockIdx.x % p.tiles.count(), D = p.f.size[1];
+  const int lane = block_thread() % kWarp, part = block_thread() / kWarp;
+  find_offsets<WithNext>(p.f, p.tiles, b, tile, at);
+  __syncthreads();
+  with_element<float>(p.f.type, [&](auto zero) {
+    using S = decltype(zero);
+    const int row = lane / (kTileColumns / kFour), column = lane % (kTileColumns / kFour) * kFour;
+    const int64_t *own_at = at + row * WithNext::kColumns + column, *below_at = own_at + WithNext::kColumns;
+    const Quad<const S> own(p.f, own_at), below(p.f, below_at);
+    struct Loaded {
+      Pack<S> own, below;
+      S behind, diagonal;
+    };
+    float sum[kPairTerms][kFour] = {};
+    auto one = [&](int64_t cell, int64_t d) { return cell >= 0 ? own.data[cell + d * own.stride] : S(0.0f); };
+    const int each = int((D + kQuadPairWarps - 1) / kQuadPairWarps), first = part * each;
+    each_channel<kChannelsAhead<S>>(
+        first, first + each < D ? first + each : int(D),
+        [&](int d) {
+          return Loaded{own.load(d), below.load(d), one(own_at[kFour], d), one(below_at[kFour], d)};
+        },
+        [&](int, const Loaded& f) {
+          const Four<float> values = floats(f.own);
+          add_squares(values, sum[0]);
+          add_pairs(values, floats(f.below), converted<float>(f.behind), converted<float>(f.diagonal), sum);
+        });
+#pragma unroll
+    for (int k = 0; k < kPairTerms; ++k)
+      four(area + (part * kPairTerms + k) * kTilePlane + lane * kFour) = {sum[k][0], sum[k][1], sum[k][2],
+                                                                          sum[k][3]};
+  });
+  __syncthreads();
+  const int64_t cells = p.tiles.h * p.tiles.w;
+  for (int i = block_thread(); i < kPairTerms * kTileCells; i += block_threads()) {
+    const int j = i % kTileCells, k = i / kTileCells;
+    const int64_t cell = p.tiles.cell(tile, j / kTileColumns, j % kTileColumns);
+    float all = 0;
+    for (int other = 0; other < kQuadPairWarps; ++other)
+      all += area[(other * kPairTerms + k) * kTilePlane + j];
+    if (cell >= 0) p.gram[(k * p.f.size[0] + b) * cells + cell] = all;
+  }
+}
+
+// Starts them where the map is read in quads and a tile's sums fit into shared memory; else false.
+inline bool run_quad_products(const CudaCall& call, CellProducts<float> p) {
+  const int64_t rows = p.padded * kTilePlane;
+  const QuadTile shape = QuadTile::fitting(call.limits, rows);
+  if (!in_quads<float>(p.f) || shape.parts == 0) return false;
+  const int64_t B = p.f.size[0];
+  if (p.gram)
+    launch(call, quad_cell_pairs<float>, grid_of(B * p.tiles.count()), dim3(kQuadPairWarps * kWarp),
+           kQuadPairWarps * kPairTerms * kTilePlane * int64_t(sizeof(float)), p);
+  p.tiles.flat = true;
+  if (p.padded > 0)
+    launch(call, quad_cell_products<float>, grid_of(B * p.tiles.count()), dim3(shape.threads()),
+           shape.bytes(rows), p, shape);
+  return true;
+}
+
 // dots [B,h,w,padded] and gram [4][B,h,w]; either may be left out (padded = 0, no norms).
 template <class T>
 void find_products(const CudaCall& call, const Tensor& features, const T* q, int64_t q_image, int64_t padded,
                    T* dots, T* gram) {
   CellProducts<T> p{AnyView<4>::of(features), q, q_image, padded, dots, gram, {}, {}};
   p.tiles = {p.f.size[2], p.f.size[3], false};
+  if constexpr (sizeof(T) == sizeof(float))
+    if (run_quad_products(call, p)) return;
   p.warps = product_warps<T, WithNext>(call.limits, padded, gram != nullptr);
   if (p.warps.each() == 0) return;
   launch(call, cell_products<T>, grid_of(p.f.size[0] * p.tiles.count()), dim3(p.warps.threads()),

@@ -88,9 +88,7 @@ __device__ void move_items(int first, int count, int step, const Load& load, con
   }
 }
 
-__device__ inline bool along_channels(const AnyView<4>& map) {
-  return map.stride[1] == 1 && map.stride[3] != 1;
-}
+PSSL_HD inline bool along_channels(const AnyView<4>& map) { return map.stride[1] == 1 && map.stride[3] != 1; }
 
 // Offsets of four channels of a cell from d on, of D.
 __device__ inline void channel_offsets(int64_t cell, int64_t d, int64_t D, int64_t (&at)[kFour]) {
@@ -181,16 +179,17 @@ __device__ void find_offsets(const AnyView<4>& map, const CellTiles& tiles, int6
   }
 }
 
-// coefficients[c][cell of the tile] = those of classes first + [0, count); of cells where cell(j) is -1, and of classes up to
-// a multiple of 4, 0.
+// staged[c][cell of the tile] = an image's coefficients [padded][plane] of classes first + [0, count); of cells where cell(j)
+// is -1, and of classes up to a multiple of 4, 0.
 template <class T, class Cell>
-__device__ void stage_coefficients(const T* gradients, int64_t padded, int64_t first, int count,
-                                   const Cell& cell, T* coefficients) {
+__device__ void stage_coefficients(const T* coefficients, int64_t plane, int64_t first, int count,
+                                   const Cell& cell, T* staged) {
   const int rows = (count + kFour - 1) / kFour * kFour;
+#pragma unroll 4
   for (int i = block_thread(); i < rows * kTileCells; i += block_threads()) {
-    const int j = i / rows, c = i % rows;
+    const int j = i % kTileCells, c = i / kTileCells;
     const int64_t from = c < count ? cell(j) : -1;
-    coefficients[c * kTilePlane + j] = from < 0 ? T(0) : gradients[from * padded + first + c];
+    staged[c * kTilePlane + j] = from < 0 ? T(0) : coefficients[(first + c) * plane + from];
   }
 }
 
