@@ -39,28 +39,33 @@ struct ContrastArguments {
   }
 };
 
-// The softmax of a pixel over its classes, one after another, from z_c = <F, q_c>: the logits are z_c / |F|, and
+// The softmax of a pixel over its classes, some at a time, from z_c = <F, q_c>: the logits are z_c / |F|, and
 // e_c = 2^((z_c - maximum) sharpness) with sharpness = log2(e) / |F|. Where a new maximum comes, what is there is scaled.
 template <class T>
 struct OnlineSoftmax {
-  T maximum = 0, sum = 0, pull = 0;  // of z; of e_c; of e_c (z_c - maximum)
+  T maximum = 0, sum = 0, pull = 0;  // of z; of e_c, 0 while there is none; of e_c (z_c - maximum)
 
   static PSSL_HD T sharpness(T inverse) { return inverse * T(1.4426950408889634074); }
   static PSSL_HD T exponential(T z, T maximum, T sharpness) { return std::exp2((z - maximum) * sharpness); }
 
-  PSSL_HD void add(T z, T sharpness) {
-    if (sum == T(0)) {
-      maximum = z, sum = 1;
-      return;
+  // Of N classes those that count.
+  template <int N>
+  PSSL_HD void add(const T (&z)[N], const bool (&counts)[N], T sharpness) {
+    bool any = sum != T(0);
+    T largest = maximum;
+    for (int i = 0; i < N; ++i) {
+      const bool larger = counts[i] && (!any || z[i] > largest);
+      largest = larger ? z[i] : largest;
+      any |= counts[i];
     }
-    const T ahead = z - maximum;
-    if (ahead > T(0)) {
-      const T scale = std::exp2(-ahead * sharpness);
-      pull = (pull - ahead * sum) * scale;
-      sum = sum * scale + T(1);
-      maximum = z;
-    } else {
-      const T e = std::exp2(ahead * sharpness);
+    const T behind = maximum - largest;
+    const T scale = sum != T(0) ? std::exp2(behind * sharpness) : T(0);
+    pull = sum != T(0) ? (pull + behind * sum) * scale : T(0);
+    sum *= scale;
+    maximum = largest;
+    for (int i = 0; i < N; ++i) {
+      const T ahead = counts[i] ? z[i] - largest : T(0);
+      const T e = counts[i] ? std::exp2(ahead * sharpness) : T(0);
       sum += e;
       pull += e * ahead;
     }

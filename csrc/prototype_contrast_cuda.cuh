@@ -165,11 +165,16 @@ struct PixelScores {
       : inverse(inverse_norm(squared, p.classes.eps)), own(products.one(label)) {
     const T* mask = p.classes.mask_of(b);
     const T sharpness = OnlineSoftmax<T>::sharpness(inverse);
-    for (int64_t c = 0; c < p.classes.padded; c += kFour) {
-      const Four<T> z = products.from(c), counts = four(mask + c);
+    for (int64_t c = 0; c < p.classes.padded; c += kClassGroup) {
+      T z[kClassGroup];
+      bool counts[kClassGroup];
 #pragma unroll
-      for (int k = 0; k < kFour; ++k)
-        if (counts.v[k] != T(0)) softmax.add(z.v[k], sharpness);
+      for (int half = 0; half < kClassGroup; half += kFour) {
+        const Four<T> values = products.from(c + half), valid = four(mask + c + half);
+#pragma unroll
+        for (int k = 0; k < kFour; ++k) z[half + k] = values.v[k], counts[half + k] = valid.v[k] != T(0);
+      }
+      softmax.add(z, counts, sharpness);
     }
   }
   // Of a pixel of the label grid.

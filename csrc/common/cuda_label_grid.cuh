@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(kThreads)
     const T ty = grid.y.fraction[y];
     body.row(state, ty);
     T left = 0, right = 0;
+#pragma unroll 4  // so many loads are under way
     for (int64_t x = pixels.x0; x < pixels.x1; ++x) {
       const T tx = grid.x.fraction[x];
       const T gradient = body.gradient(state, (b * grid.H + y) * grid.W + x, b, y, x, tx);
