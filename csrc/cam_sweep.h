@@ -45,11 +45,16 @@ PSSL_HD inline int32_t thresholds_below(int32_t cell, const int32_t* first, cons
   return begin;
 }
 
-// The same without cells: `ordered` holds `count` thresholds, ascending.
-template <class T>
-PSSL_HD inline int32_t thresholds_below(const T* ordered, int32_t count, T value) {
-  const int32_t first[] = {0, count};
-  return thresholds_below<false>(0, first, ordered, value);
+// The same without cells for N values side by side: `ordered` holds `count` thresholds, ascending.
+template <int N, class T>
+PSSL_HD inline void thresholds_below(const T* ordered, int32_t count, const T (&value)[N],
+                                     int32_t (&below)[N]) {
+  for (int i = 0; i < N; ++i) below[i] = 0;
+  int32_t step = 1;
+  while (step <= count / 2) step *= 2;
+  for (; step > 0; step /= 2)
+    for (int i = 0; i < N; ++i)
+      if (below[i] + step <= count && ordered[below[i] + step - 1] < value[i]) below[i] += step;
 }
 
 }  // namespace pssl

@@ -7,6 +7,7 @@
 //
 // Images of any sizes share a launch: their views travel in its parameters. Counts are integers, so that the order of the
 // atomics does not matter.
+#include <algorithm>
 #include <limits>
 
 #include "cam_sweep.h"
@@ -19,8 +20,13 @@ using namespace pssl;
 using namespace pssl::PSSL_SIMD_NAMESPACE;
 
 constexpr const char* kOp = "cam_sweep";
-constexpr int kImages = 64;         // a launch
-constexpr int64_t kTaskTiles = 16;  // tiles of pixels that a block counts before it hands its histogram on
+constexpr int kImages = 64;  // a launch
+constexpr int kRows = 4;     // pixels of a thread
+constexpr int kBlocks = 4;   // a processor, at most
+
+using PixelTile = TallTile<kRows>;
+template <class T>
+using Taps = TileTaps<T, kRows>;
 
 using Count = unsigned long long;  // the 64-bit type of CUDA's atomics
 
@@ -28,21 +34,22 @@ struct Image {
   AnyView<4> cams;   // [1,k,h,w]
   AnyView<1> ids;    // [k]
   AnyView<2> truth;  // [H,W]
-  int64_t first_task, first_top;
+  int64_t first_top;
 
   PSSL_HD int64_t classes() const { return cams.size[1]; }
-  PSSL_HD int64_t tiles() const { return Tile::count(truth.size[0], truth.size[1]); }
-  PSSL_HD int64_t tasks() const { return (tiles() + kTaskTiles - 1) / kTaskTiles; }
+  PSSL_HD int64_t tiles() const { return PixelTile::count(truth.size[0], truth.size[1]); }
   // the region number of a class, 0 where it is none
-  __device__ int64_t region(int64_t j, int64_t C) const {
+  __device__ int32_t region(int64_t j, int64_t C) const {
     const int64_t id = ids.integer(j);
-    return id >= 1 && id < C ? id : 0;
+    return id >= 1 && id < C ? int32_t(id) : 0;
   }
 };
 
+// A task is a block's: tiles of one image, that many before it hands its histogram on.
 struct Batch {
   int count = 0;
-  int64_t tasks = 0;
+  int64_t task_tiles, tasks = 0;
+  int64_t first_task[kImages];
   Image image[kImages];
 };
 
@@ -88,18 +95,21 @@ __global__ void prepare(const __grid_constant__ Sweep<T> s) {
   }
 }
 
-__device__ inline const Image& image_of(const Batch& batch, int64_t task) {
+// The image of this block's task.
+__device__ inline int image_of(const Batch& batch) {
   int i = 0;
-  while (i + 1 < batch.count && batch.image[i + 1].first_task <= task) ++i;
-  return batch.image[i];
+  while (i + 1 < batch.count && batch.first_task[i + 1] <= blockIdx.x) ++i;
+  return i;
 }
 
-// f(tile) for the tiles of a task, by all threads of the block.
+// f(tile) for the tiles of this block's task, by all its threads.
 template <class T, class F>
-__device__ void each_tile(const Image& image, int64_t task, TileTaps<T>* taps, const F& f) {
-  const int64_t first = (task - image.first_task) * kTaskTiles;
-  for (int64_t t = first; t < first + kTaskTiles && t < image.tiles(); ++t) {
-    const Tile tile = Tile::at(t, image.truth.size[0], image.truth.size[1]);
+__device__ void each_tile(const Batch& batch, int i, Taps<T>* taps, const F& f) {
+  const Image& image = batch.image[i];
+  const int64_t H = image.truth.size[0], W = image.truth.size[1];
+  const int64_t first = (blockIdx.x - batch.first_task[i]) * batch.task_tiles;
+  for (int64_t t = first; t < first + batch.task_tiles && t < image.tiles(); ++t) {
+    const PixelTile tile = PixelTile::at(t, H, W);
     find_taps(tile, &image.cams, 1, taps);
     f(tile);
   }
@@ -108,42 +118,55 @@ __device__ void each_tile(const Image& image, int64_t task, TileTaps<T>* taps, c
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
     maxima(const __grid_constant__ Batch batch, const __grid_constant__ Sweep<T> s) {
-  PSSL_SHARED(taps, TileTaps<T>);
+  PSSL_SHARED(taps, Taps<T>);
   PSSL_SHARED(scratch, OrderedBits<T>[kWarp]);
-  const Image& image = image_of(batch, blockIdx.x);
-  each_tile(image, blockIdx.x, &taps, [&](const Tile& tile) {
+  const int i = image_of(batch);
+  const Image& image = batch.image[i];
+  each_tile(batch, i, &taps, [&](const PixelTile& tile) {
     for (int64_t j = 0; j < image.classes(); ++j) {
+      T value[kRows];
+      resize_at_thread(image.cams, taps, 0, j, value);
       OrderedBits<T> own = 0;
-      if (tile.inside()) own = ordered_bits(resized_at_thread(image.cams, taps, 0, j));
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (tile.inside(r)) own = Largest{}(own, ordered_bits(value[r]));
       own = block_largest(own, scratch);
       if (block_thread() == 0) atomicMax(s.top + image.first_top + j, own);
     }
   });
 }
 
-// What a pixel adds to: the histogram's [label, slot, below], or nothing where the label does not count.
-struct Cell {
-  bool counts;
-  int64_t label, slot;  // slot: in the image's list of classes
-  int32_t below;        // thresholds below the maximum
-};
-
-template <class T>
-__device__ Cell pixel_cell(const Sweep<T>& s, const Image& image, const TileTaps<T>& taps, const Tile& tile) {
-  if (!tile.inside()) return {false, 0, 0, 0};
-  const int64_t label = image.truth.integer(tile.y(), tile.x());
-  if (label == s.ignore || label < 0 || label >= s.C) return {false, 0, 0, 0};
-  T best = -std::numeric_limits<T>::infinity();
-  int64_t slot = 0, region = 0;
-  for (int64_t j = 0; j < image.classes(); ++j) {
-    const int64_t number = image.region(j, s.C);
-    if (number == 0) continue;
-    T value = resized_at_thread(image.cams, taps, 0, j);
-    if (s.normalize) value /= from_ordered_bits<T>(s.top[image.first_top + j]) + T(kMaximumEps);
-    // ties: the lowest region number
-    if (beats(value, best) || (value == best && number < region)) best = value, slot = j, region = number;
+// f(label, slot, below): what this thread's pixels add to, for those whose label counts. slot: the best class in the
+// image's list; below: thresholds below its value.
+template <class T, class F>
+__device__ void each_pixel(const Sweep<T>& s, const Image& image, const Taps<T>& taps, const PixelTile& tile,
+                           const F& f) {
+  int64_t label[kRows];
+  int32_t region[kRows], slot[kRows], below[kRows];
+  T best[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    label[r] = tile.inside(r) ? image.truth.integer(tile.y(r), tile.x()) : -1;
+    best[r] = -std::numeric_limits<T>::infinity(), slot[r] = 0, region[r] = 0;
   }
-  return {true, label, slot, thresholds_below(s.ordered, int32_t(s.thresholds), best)};
+  for (int32_t j = 0; j < image.classes(); ++j) {
+    const int32_t number = image.region(j, s.C);
+    if (number == 0) continue;
+    T value[kRows];
+    resize_at_thread(image.cams, taps, 0, j, value);
+    const T divisor = s.normalize ? from_ordered_bits<T>(s.top[image.first_top + j]) + T(kMaximumEps) : T(1);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (s.normalize) value[r] /= divisor;
+      // ties: the lowest region number
+      if (beats(value[r], best[r]) || (value[r] == best[r] && number < region[r]))
+        best[r] = value[r], slot[r] = j, region[r] = number;
+    }
+  }
+  thresholds_below(s.ordered, int32_t(s.thresholds), best, below);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (label[r] >= 0 && label[r] < s.C && label[r] != s.ignore) f(label[r], slot[r], below[r]);
 }
 
 template <class T>
@@ -155,26 +178,28 @@ __device__ void add_to_all(const Sweep<T>& s, const Image& image, int64_t label,
 
 // kShared: a block counts for itself first, in [C, slots, bins] of its image.
 template <class T, bool kShared>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, sizeof(T) == 4 ? kBlocks : 2)
     count(const __grid_constant__ Batch batch, const __grid_constant__ Sweep<T> s) {
-  PSSL_SHARED(taps, TileTaps<T>);
-  const Image& image = image_of(batch, blockIdx.x);
+  PSSL_SHARED(taps, Taps<T>);
+  const int number = image_of(batch);
+  const Image& image = batch.image[number];
   if constexpr (!kShared) {
-    each_tile(image, blockIdx.x, &taps, [&](const Tile& tile) {
-      const Cell cell = pixel_cell(s, image, taps, tile);
-      if (cell.counts) add_to_all(s, image, cell.label, cell.slot, cell.below, 1);
+    each_tile(batch, number, &taps, [&](const PixelTile& tile) {
+      each_pixel(s, image, taps, tile, [&](int64_t label, int32_t slot, int32_t below) {
+        add_to_all(s, image, label, slot, below, 1);
+      });
     });
   } else {
     PSSL_DYNAMIC_SHARED(unsigned, histogram);
-    const int64_t bins = s.bins(), slots = image.classes() ? image.classes() : 1, size = s.C * slots * bins;
-    for (int64_t i = block_thread(); i < size; i += Tile::kThreads)
-      histogram[i] = 0;  // find_taps has a barrier
-    each_tile(image, blockIdx.x, &taps, [&](const Tile& tile) {
-      const Cell cell = pixel_cell(s, image, taps, tile);
-      if (cell.counts) atomicAdd(histogram + (cell.label * slots + cell.slot) * bins + cell.below, 1u);
+    const int bins = s.bins(), slots = image.classes() ? image.classes() : 1, size = s.C * slots * bins;
+    for (int i = block_thread(); i < size; i += Tile::kThreads) histogram[i] = 0;  // find_taps has a barrier
+    each_tile(batch, number, &taps, [&](const PixelTile& tile) {
+      each_pixel(s, image, taps, tile, [&](int64_t label, int32_t slot, int32_t below) {
+        atomicAdd(histogram + (int(label) * slots + slot) * bins + below, 1u);
+      });
     });
     __syncthreads();
-    for (int64_t i = block_thread(); i < size; i += Tile::kThreads)
+    for (int i = block_thread(); i < size; i += Tile::kThreads)
       if (histogram[i]) add_to_all(s, image, i / bins / slots, i / bins % slots, i % bins, histogram[i]);
   }
 }
@@ -208,15 +233,20 @@ __global__ void finish(const __grid_constant__ Sweep<T> s) {
   }
 }
 
-// The images in as many launches as their number asks for.
+// The images in as many launches as their number asks for, each of as many blocks as the device has room for.
 template <class Launch>
-void each_batch(const std::vector<Image>& images, const Launch& launch_batch) {
+void each_batch(const CudaCall& call, const std::vector<Image>& images, const Launch& launch_batch) {
   for (size_t first = 0; first < images.size(); first += kImages) {
+    const size_t end = std::min(images.size(), first + kImages);
+    int64_t tiles = 0;
+    for (size_t i = first; i < end; ++i) tiles += images[i].tiles();
     Batch batch;
-    for (size_t i = first; i < images.size() && i < first + kImages; ++i) {
-      Image& image = batch.image[batch.count++] = images[i];
-      image.first_task = batch.tasks;
-      batch.tasks += image.tasks();
+    const int64_t blocks = std::max<int64_t>(1, call.blocks_for(tiles, kBlocks));
+    batch.task_tiles = (tiles + blocks - 1) / blocks;
+    for (size_t i = first; i < end; ++i) {
+      batch.image[batch.count] = images[i];
+      batch.first_task[batch.count++] = batch.tasks;
+      if (images[i].tiles()) batch.tasks += (images[i].tiles() + batch.task_tiles - 1) / batch.task_tiles;
     }
     launch_batch(batch);
   }
@@ -248,8 +278,8 @@ Tensor sweep(const CudaCall& call, const std::vector<Image>& images, const Tenso
                    normalize};
   launch(call, prepare<T>, grid_of(call.blocks_for((C * C * bins + 255) / 256, 8)), dim3(256), 0, s);
   const int64_t histogram_bytes = C * slots * bins * int64_t(sizeof(unsigned));
-  const bool shared = histogram_bytes + int64_t(sizeof(TileTaps<T>)) <= call.limits.shared_bytes;
-  each_batch(images, [&](const Batch& batch) {
+  const bool shared = histogram_bytes + int64_t(sizeof(Taps<T>)) <= call.limits.shared_bytes;
+  each_batch(call, images, [&](const Batch& batch) {
     if (normalize) launch(call, maxima<T>, grid_of(batch.tasks), Tile::block(), 0, batch, s);
     if (shared) {
       launch(call, count<T, true>, grid_of(batch.tasks), Tile::block(), histogram_bytes, batch, s);
@@ -270,7 +300,7 @@ Tensor cam_sweep_cuda(const std::vector<Tensor>& cams, const std::vector<Tensor>
   int64_t tops = 0;
   for (size_t i = 0; i < cams.size(); ++i) {
     images.push_back(
-        {one_image(cams[i]), AnyView<1>::of(class_ids[i]), AnyView<2>::of(ground_truth[i]), 0, tops});
+        {one_image(cams[i]), AnyView<1>::of(class_ids[i]), AnyView<2>::of(ground_truth[i]), tops});
     tops += cams[i].size(0);
   }
   return with_accumulation({thresholds.scalar_type()}, [&](auto zero) {

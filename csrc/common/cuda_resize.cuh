@@ -48,48 +48,114 @@ __device__ inline Tap<T> axis_tap(int64_t out, int64_t in_size, int64_t out_size
   return {weight.index, T(weight.fraction)};
 }
 
-// map[b,k] resized, at the pixel of the two taps.
-template <class T>
-__device__ T resized(const AnyView<4>& map, int64_t b, int64_t k, Tap<T> y, Tap<T> x, bool same) {
-  if (same) return map.template floating<T>(b, k, y.index, x.index);
-  const int64_t below = y.index + 1 < map.size[2] ? y.index + 1 : y.index;
-  const int64_t right = x.index + 1 < map.size[3] ? x.index + 1 : x.index;
-  return blend_cells_stepwise(map.template floating<T>(b, k, y.index, x.index),
-                              map.template floating<T>(b, k, y.index, right),
-                              map.template floating<T>(b, k, below, x.index),
-                              map.template floating<T>(b, k, below, right), y.fraction, x.fraction);
+// Calls f with the elements of a floating tensor, as a pointer of their type: one choice for all that f loads.
+template <class F>
+__device__ auto with_elements(const void* data, ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(static_cast<const float*>(data));
+    case ScalarType::Double:
+      return f(static_cast<const double*>(data));
+    case ScalarType::Half:
+      return f(static_cast<const Half*>(data));
+    default:
+      return f(static_cast<const BFloat16*>(data));
+  }
 }
 
-// The taps of one map's tile.
+template <class T, class S>
+__device__ T element(const S* at) {
+  if constexpr (sizeof(S) < sizeof(float)) {
+    return T(static_cast<float>(*at));
+  } else {
+    return T(*at);
+  }
+}
+
+// The four cells between which a pixel of a resized map lies.
 template <class T>
+struct Cells {
+  T above_left, above_right, below_left, below_right;
+
+  // map[b,k] starts at `plane`. Where nothing is to be resized all four are the one: no branch that waits for it.
+  __device__ void load(const AnyView<4>& map, int64_t plane, int64_t y, int64_t x, bool same) {
+    const int64_t down = same || y + 1 == map.size[2] ? 0 : map.stride[2];
+    const int64_t right = same || x + 1 == map.size[3] ? 0 : map.stride[3];
+    *this = with_elements(map.data, map.type, [=](const auto* data) -> Cells {
+      data += plane + y * map.stride[2] + x * map.stride[3];
+      return {element<T>(data), element<T>(data + right), element<T>(data + down),
+              element<T>(data + down + right)};
+    });
+  }
+  __device__ T blend(T ty, T tx, bool same) const {
+    return same ? above_left : blend_cells_stepwise(above_left, above_right, below_left, below_right, ty, tx);
+  }
+};
+
+// A tile of pixels of which a thread takes kRows, one above the other: neighbours in a column mostly lie between the same
+// cells, and what they load is on its way together.
+template <int kRows>
+struct TallTile {
+  static constexpr int kWidth = Tile::kWidth, kHeight = Tile::kHeight * kRows;
+
+  int64_t y0, x0, H, W;
+
+  PSSL_HD static int64_t count(int64_t H, int64_t W) { return (H + kHeight - 1) / kHeight * Tile::across(W); }
+  __device__ static TallTile at(int64_t index, int64_t H, int64_t W) {
+    return {index / Tile::across(W) * kHeight, index % Tile::across(W) * kWidth, H, W};
+  }
+  __device__ int64_t y(int row) const { return y0 + threadIdx.y * kRows + row; }
+  __device__ int64_t x() const { return x0 + threadIdx.x; }
+  __device__ bool inside(int row) const { return y(row) < H && x() < W; }
+};
+
+// The taps of one map's tile.
+template <class T, int kRows = 1>
 struct TileTaps {
-  Tap<T> x[Tile::kWidth], y[Tile::kHeight];
-  bool same;  // nothing to resize
+  Tap<T> x[Tile::kWidth], y[Tile::kHeight * kRows];  // beyond the last pixel: of the last cell
+  bool same;                                         // nothing to resize
 };
 
 // taps[0..count) for the maps; ends with a barrier, and begins with one, so that the last tile's readers have finished.
-template <class T>
-__device__ void find_taps(const Tile& tile, const AnyView<4>* maps, int count, TileTaps<T>* taps) {
-  constexpr int kEach = Tile::kWidth + Tile::kHeight;
+template <class T, int kRows>
+__device__ void find_taps(const TallTile<kRows>& tile, const AnyView<4>* maps, int count,
+                          TileTaps<T, kRows>* taps) {
+  constexpr int kWidth = TallTile<kRows>::kWidth, kEach = kWidth + TallTile<kRows>::kHeight;
   __syncthreads();
   for (int i = block_thread(); i < count * kEach; i += Tile::kThreads) {
     const AnyView<4>& map = maps[i / kEach];
-    TileTaps<T>& to = taps[i / kEach];
+    TileTaps<T, kRows>& to = taps[i / kEach];
     const int j = i % kEach;
-    if (j < Tile::kWidth) {
+    if (j < kWidth) {
       to.x[j] = axis_tap<T>(tile.x0 + j, map.size[3], tile.W);
     } else {
-      to.y[j - Tile::kWidth] = axis_tap<T>(tile.y0 + j - Tile::kWidth, map.size[2], tile.H);
+      to.y[j - kWidth] = axis_tap<T>(tile.y0 + j - kWidth, map.size[2], tile.H);
     }
     if (j == 0) to.same = map.size[2] == tile.H && map.size[3] == tile.W;
   }
   __syncthreads();
 }
 
-// map[b,k] at this thread's pixel, which has to be inside.
-template <class T>
-__device__ T resized_at_thread(const AnyView<4>& map, const TileTaps<T>& taps, int64_t b, int64_t k) {
-  return resized(map, b, k, taps.y[threadIdx.y], taps.x[threadIdx.x], taps.same);
+// map[b,k] resized at this thread's pixels; those outside repeat the last cells.
+template <class T, int kRows>
+__device__ void resize_at_thread(const AnyView<4>& map, const TileTaps<T, kRows>& taps, int64_t b, int64_t k,
+                                 T (&value)[kRows]) {
+  const int64_t plane = map.offset(b, k, 0, 0);
+  const Tap<T> x = taps.x[threadIdx.x], *y = taps.y + threadIdx.y * kRows;
+  if (taps.same) {
+    with_elements(map.data, map.type, [&](const auto* data) {
+      data += plane + x.index * map.stride[3];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) value[r] = element<T>(data + y[r].index * map.stride[2]);
+    });
+    return;
+  }
+  Cells<T> cells;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r == 0 || y[r].index != y[r - 1].index) cells.load(map, plane, y[r].index, x.index, false);
+    value[r] = cells.blend(y[r].fraction, x.fraction, false);
+  }
 }
 
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

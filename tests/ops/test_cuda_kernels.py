@@ -117,8 +117,8 @@ def test_cam_compare_launches_two_kernels_forward_and_two_backward(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op, launches", [("prototype_pool", 5 + 2), ("prototype_contrast", 3 + 4)])
 def test_on_the_feature_grid_a_launch_passes_over_the_features(op, launches, device):
-    """Forward and backward each; sums over cells, the pool's and the prototypes' gradients, take another. The rest is as
-    small as class vectors."""
+    """Forward and backward each; sums over cells, the pool's and the gradients of prototypes, take another. The rest is
+    as small as class vectors."""
     g = torch.Generator().manual_seed(15)
     args = dict(features=torch.randn(2, 24, 9, 11, generator=g), regions=torch.randint(0, 5, (2, 9, 11)))
     args["prototypes" if op == "prototype_contrast" else "weights"] = torch.rand(
