@@ -413,7 +413,7 @@ __device__ void write_absent(const Problem& p, const Gradients& g, int64_t warp,
 }
 
 template <class T>
-__global__ void __launch_bounds__(Tile::kThreads, sizeof(T) == 4 ? kBlocks : 2)
+__global__ void __launch_bounds__(Tile::kThreads, sizeof(T) == 4 ? 3 : 2)
     gradient(const __grid_constant__ Problem p, const __grid_constant__ Gradients g, const double* partial) {
   if (blockIdx.x >= g.workers) {
     constexpr int kWarps = Tile::kThreads / kWarp;
