@@ -115,6 +115,24 @@ def test_cam_compare_launches_two_kernels_forward_and_two_backward(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "size, main, support",
+    [
+        ((40, 75), [(2, 3), (33, 70)], [(1, 1), (40, 75)]),  # a cell is touched by many tiles of pixels
+        ((5, 6), [(150, 180), (2, 2)], [(70, 3)]),  # more cells than the sums of a tile's part have room for
+    ],
+    ids=["coarse", "fine"],
+)
+def test_cam_compare_on_cells_of_any_size(size, main, support, device):
+    """Coarse and fine maps side by side; planes of zeros of several pieces and off every alignment."""
+    g = torch.Generator().manual_seed(17)
+    args = {"main": main, "support": support}
+    args = {n: [torch.randn(3, 3, *s, generator=g).to(device) for s in sizes] for n, sizes in args.items()}
+    args["image_labels"] = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 0, 0]], device=device)
+    check_args(OPS["cam_compare"], dict(args, size=size), "native", f"cam_compare at {size}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op, launches", [("prototype_pool", 5 + 2), ("prototype_contrast", 3 + 4)])
 def test_on_the_feature_grid_a_launch_passes_over_the_features(op, launches, device):
     """Forward and backward each; sums over cells, the pool's and the gradients of prototypes, take another. The rest is
