@@ -18,6 +18,7 @@ using namespace pssl::PSSL_SIMD_NAMESPACE;
 using namespace pssl::PSSL_SIMD_NAMESPACE::compare;
 
 constexpr const char* kOp = "cam_compare";
+
 // partial[pair, q, chunk] of the chunk's pixels: the squares of the maps, then the products [mains, supports].
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   each_present(p, p.chunks(), blockIdx.x, gridDim.x, [&](int64_t pair, int64_t chunk) {
     for (int q = warp; q < p.quantities(); q += kWarps) sums[q * kWarp + lane] = 0;
     for (int64_t t = chunk; t < p.tiles(); t += p.chunks()) {
-      scratch.read(p, pair, PixelTile::at(t, p.H, p.W));
+      scratch.read(p, pair, Tile::at(t, p.H, p.W));
       __syncthreads();
       for (int q = warp; q < p.quantities(); q += kWarps) {
         const int of = q - p.maps.count;
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     find_share(p, scratch, partial, pair, share);
     T sum = 0;
     for (int64_t t = chunk; t < p.tiles(); t += p.chunks()) {
-      scratch.read(p, pair, PixelTile::at(t, p.H, p.W));
+      scratch.read(p, pair, Tile::at(t, p.H, p.W));
       for (int s = 0; s < p.mains; ++s) sum += magnitude(scratch.difference(p, share, s));
     }
     sum = block_sum(sum, warps);

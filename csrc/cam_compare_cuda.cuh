@@ -13,8 +13,6 @@ constexpr int64_t kMostChunks = kWarp;  // a lane each where they are added up
 constexpr int kMapsAtOnce = 4;          // whose loading is on its way together
 constexpr int kBlocks = 4;              // a processor, for what blocks share among them
 
-using PixelTile = TallTile<1>;
-
 struct Problem {
   MapList maps;  // the main maps, then the support maps
   int mains;
@@ -25,7 +23,7 @@ struct Problem {
   PSSL_HD int supports() const { return maps.count - mains; }
   PSSL_HD int quantities() const { return maps.count + mains * supports(); }
   PSSL_HD int64_t pairs() const { return B * K; }
-  PSSL_HD int64_t tiles() const { return PixelTile::count(H, W); }
+  PSSL_HD int64_t tiles() const { return Tile::count(H, W); }
   // of a pair; by its size alone, so that sums do not depend on the device
   PSSL_HD int64_t chunks() const { return tiles() < kMostChunks ? tiles() : kMostChunks; }
   PSSL_HD bool present(int64_t pair) const { return labels.truth(pair / K, pair % K); }
@@ -53,7 +51,7 @@ struct Scratch {
   __device__ T& own(int i) const { return values[i * Tile::kThreads + block_thread()]; }
 
   // The maps of a pair at the tile's pixels, 0 outside. Others' values are there after a barrier.
-  __device__ void read(const Problem& p, int64_t pair, const PixelTile& tile) const {
+  __device__ void read(const Problem& p, int64_t pair, const Tile& tile) const {
     find_taps(tile, p.maps.map, p.maps.count, taps);
     const int64_t b = pair / p.K, k = pair % p.K;
     for (int first = 0; first < p.maps.count; first += kMapsAtOnce) {
@@ -72,7 +70,7 @@ struct Scratch {
         if (i >= p.maps.count) break;
         const TileTaps<T>& at = taps[i];
         const T value = cells[j].blend(at.y[threadIdx.y].fraction, at.x[threadIdx.x].fraction, at.same);
-        own(i) = tile.inside(0) ? relu(value) : T(0);
+        own(i) = tile.inside() ? relu(value) : T(0);
       }
     }
   }

@@ -156,7 +156,7 @@ __device__ void part_gradients(const Problem& p, const Gradients& g, const Scrat
       const bool last = y0 + Tile::kHeight >= region.end[0] && x0 + Tile::kWidth >= region.end[1];
       const int rows = std::min<int64_t>(Tile::kHeight, p.H - y0);
       const int columns = std::min<int64_t>(Tile::kWidth, p.W - x0);
-      scratch.read(p, pair, PixelTile{y0, x0, p.H, p.W});
+      scratch.read(p, pair, Tile{y0, x0, p.H, p.W});
       pixel_gradients(p, scratch, share, grad);
       __syncthreads();  // the next tile's taps begin with another
       T* sum = sums;    // of the map's cells, each a thread's own

@@ -92,28 +92,11 @@ struct Cells {
   }
 };
 
-// A tile of pixels of which a thread takes kRows, one above the other: neighbours in a column mostly lie between the same
-// cells, and what they load is on its way together.
-template <int kRows>
-struct TallTile {
-  static constexpr int kWidth = Tile::kWidth, kHeight = Tile::kHeight * kRows;
-
-  int64_t y0, x0, H, W;
-
-  PSSL_HD static int64_t count(int64_t H, int64_t W) { return (H + kHeight - 1) / kHeight * Tile::across(W); }
-  __device__ static TallTile at(int64_t index, int64_t H, int64_t W) {
-    return {index / Tile::across(W) * kHeight, index % Tile::across(W) * kWidth, H, W};
-  }
-  __device__ int64_t y(int row) const { return y0 + threadIdx.y * kRows + row; }
-  __device__ int64_t x() const { return x0 + threadIdx.x; }
-  __device__ bool inside(int row) const { return y(row) < H && x() < W; }
-};
-
 // The taps of one map's tile.
 template <class T, int kRows = 1>
 struct TileTaps {
-  Tap<T> x[Tile::kWidth], y[Tile::kHeight * kRows];  // beyond the last pixel: of the last cell
-  bool same;                                         // nothing to resize
+  Tap<T> x[TallTile<kRows>::kWidth], y[TallTile<kRows>::kHeight];  // beyond the last pixel: of the last cell
+  bool same;                                                       // nothing to resize
 };
 
 // taps[0..count) for the maps; ends with a barrier, and begins with one, so that the last tile's readers have finished.
