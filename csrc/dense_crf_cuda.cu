@@ -17,15 +17,15 @@ constexpr int64_t kMostPixels = ((int64_t(1) << 31) - 1) / LatticeView<float, 5>
 // logits [pixels][packs] of image b: -unary; that of what fills up the last pack is a probability of 0
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
-    take_logits(const __grid_constant__ AnyView<4> probabilities, int64_t b, Pack<T>* logits) {
+    take_logits(const __grid_constant__ AnyView<4> probabilities, int64_t b, Four<T>* logits) {
   const int64_t C = probabilities.size[1], W = probabilities.size[3], pixel = first_row();
   if (pixel >= probabilities.size[2] * W) return;
   const int64_t first = probabilities.offset(b, 0, pixel / W, pixel % W);
   for (int64_t c = threadIdx.x; c < packs_of(C); c += blockDim.x) {
-    const Pack<T> logit = Pack<T>::of([&](int i) {
-      if (c * kPack + i >= C) return -std::numeric_limits<T>::infinity();
+    const Four<T> logit = Four<T>::of([&](int i) {
+      if (c * kFour + i >= C) return -std::numeric_limits<T>::infinity();
       const T p = load_floating<T>(probabilities.data, probabilities.type,
-                                   first + (c * kPack + i) * probabilities.stride[1]);
+                                   first + (c * kFour + i) * probabilities.stride[1]);
       return std::log(std::clamp(p, T(kLowestProbability), T(1)));
     });
     store_pack(logits + pixel * packs_of(C) + c, logit);
@@ -54,19 +54,19 @@ __device__ T row_reduce(T value, F combine, T* scratch) {
 // q [pixels][packs] = softmax(logits + messages); in the last iteration `out` [C][pixels] instead.
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
-    update(const __grid_constant__ Messages<T> messages, bool first, const Pack<T>* logits, int64_t pixels,
-           int64_t C, Pack<T>* q, T* out) {
+    update(const __grid_constant__ Messages<T> messages, bool first, const Four<T>* logits, int64_t pixels,
+           int64_t C, Four<T>* q, T* out) {
   PSSL_SHARED(scratch, T[kLatticeThreads]);
   const int64_t pixel = first_row(), packs = packs_of(C);
-  Pack<T> kept;  // the thread's first pack; where it has more, those are in q
+  Four<T> kept;  // the thread's first pack; where it has more, those are in q
   auto each_pack = [&](auto f) {
     if (pixel >= pixels) return;
     f(kept, int64_t(threadIdx.x));
     for (int64_t c = threadIdx.x + blockDim.x; c < packs; c += blockDim.x) f(q[pixel * packs + c], c);
   };
   T largest = -std::numeric_limits<T>::infinity(), sum = 0;
-  each_pack([&](Pack<T>& value, int64_t c) {
-    Pack<T> logit = load_pack(logits + pixel * packs + c);
+  each_pack([&](Four<T>& value, int64_t c) {
+    Four<T> logit = load_pack(logits + pixel * packs + c);
     if (!first && messages.gaussian_compat != 0)
       logit += messages.gaussian_compat * messages.gaussian.slice(pixel, packs, c);
     if (!first && messages.bilateral_compat != 0)
@@ -75,16 +75,16 @@ __global__ void __launch_bounds__(kLatticeThreads)
     value = logit;
   });
   largest = row_reduce(largest, Largest{}, &scratch[0]);
-  each_pack([&](Pack<T>& value, int64_t) {
-    value = Pack<T>::of([&](int i) { return std::exp(value.v[i] - largest); });
+  each_pack([&](Four<T>& value, int64_t) {
+    value = Four<T>::of([&](int i) { return std::exp(value.v[i] - largest); });
     sum += (value.v[0] + value.v[1]) + (value.v[2] + value.v[3]);
   });
   const T inverse = T(1) / row_reduce(sum, Plus{}, &scratch[0]);
-  each_pack([&](Pack<T>& value, int64_t c) {
-    const Pack<T> share = inverse * value;
+  each_pack([&](Four<T>& value, int64_t c) {
+    const Four<T> share = inverse * value;
     if (!out) store_pack(q + pixel * packs + c, share);
-    for (int i = 0; out && i < kPack; ++i)
-      if (c * kPack + i < C) out[(c * kPack + i) * pixels + pixel] = share.v[i];
+    for (int i = 0; out && i < kFour; ++i)
+      if (c * kFour + i < C) out[(c * kFour + i) * pixels + pixel] = share.v[i];
   });
 }
 
@@ -102,13 +102,13 @@ Tensor mean_field(const CudaCall& call, const Tensor& images, const Tensor& prob
   using Bilateral = DeviceLattice<T, 5>;
   const int64_t packs = packs_of(C);
   auto numbers = [&](int64_t count) {
-    return new_on_device(probabilities, {count * kPack}, scalar_type_of<T>);
+    return new_on_device(probabilities, {count * kFour}, scalar_type_of<T>);
   };
   Tensor logit_numbers = numbers(pixels * packs), q_numbers = numbers(pixels * packs);
   Tensor scratch = numbers(s.has_bilateral()  ? Bilateral::room(pixels, packs)
                            : s.has_gaussian() ? Gaussian::room(pixels, packs)
                                               : 0);
-  Pack<T>*const logits = packs_in<T>(logit_numbers), *const q = packs_in<T>(q_numbers),
+  Four<T>*const logits = packs_in<T>(logit_numbers), *const q = packs_in<T>(q_numbers),
                 *const shared = packs_in<T>(scratch);
   Messages<T> messages{};
   std::optional<Gaussian> gaussian;

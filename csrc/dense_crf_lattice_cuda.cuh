@@ -8,7 +8,7 @@
 // filled up.
 #pragma once
 
-#include "common/cuda_pack.cuh"
+#include "common/cuda_four.cuh"
 #include "common/cuda_sort.cuh"
 #include "common/cuda_views.cuh"
 #include "dense_crf.h"
@@ -52,11 +52,11 @@ struct LatticeView {
   int32_t* vertex;        // [corners]
   T* weight;              // [corners]
   int32_t* neighbour;     // [2(d+1)][corners], -1 where there is none
-  const Pack<T>* values;  // [vertices][packs] after filtering
+  const Four<T>* values;  // [vertices][packs] after filtering
 
   // pack c of the filtered values at a pixel
-  __device__ Pack<T> slice(int64_t pixel, int64_t packs, int64_t c) const {
-    Pack<T> sum = {};
+  __device__ Four<T> slice(int64_t pixel, int64_t packs, int64_t c) const {
+    Four<T> sum = {};
 #pragma unroll
     for (int k = 0; k < kCorners; ++k)
       sum += weight[pixel * kCorners + k] * load_pack(values + vertex[pixel * kCorners + k] * packs + c);
@@ -155,20 +155,20 @@ __global__ void __launch_bounds__(kLatticeThreads)
 // out [parts][packs]: each part's weights times the values q [pixels][packs] (null: 1).
 template <class T, int d>
 __global__ void __launch_bounds__(kLatticeThreads)
-    splat_parts(LatticeView<T, d> lattice, const Pack<T>* q, int64_t packs, Pack<T>* out) {
+    splat_parts(LatticeView<T, d> lattice, const Four<T>* q, int64_t packs, Four<T>* out) {
   const int32_t parts = lattice.found[1];
   for (int64_t part = first_row(); part < parts; part += row_stride()) {
     const int32_t begin = lattice.part_begin[part], end = lattice.part_begin[part + 1];
     for (int64_t c = threadIdx.x; c < packs; c += blockDim.x) {
-      Pack<T> sum = {};
+      Four<T> sum = {};
       for (int32_t first = begin; first < end; first += kCornersTogether) {
         T weight[kCornersTogether];
-        Pack<T> value[kCornersTogether];
+        Four<T> value[kCornersTogether];
 #pragma unroll
         for (int i = 0; i < kCornersTogether; ++i) {
           const int32_t corner = lattice.entry[first + i < end ? first + i : begin];
           weight[i] = lattice.weight[corner];
-          value[i] = q ? load_pack(q + corner / (d + 1) * packs + c) : Pack<T>{1, 1, 1, 1};
+          value[i] = q ? load_pack(q + corner / (d + 1) * packs + c) : Four<T>{1, 1, 1, 1};
         }
 #pragma unroll
         for (int i = 0; i < kCornersTogether; ++i)
@@ -182,13 +182,13 @@ __global__ void __launch_bounds__(kLatticeThreads)
 // out [vertices][packs]: the sums of each vertex's parts.
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
-    sum_parts(const int32_t* found, const int32_t* first_part, const Pack<T>* parts, int64_t packs,
-              Pack<T>* out) {
+    sum_parts(const int32_t* found, const int32_t* first_part, const Four<T>* parts, int64_t packs,
+              Four<T>* out) {
   const int32_t vertices = found[0];
   for (int64_t v = first_row(); v < vertices; v += row_stride()) {
     const int32_t begin = first_part[v], end = first_part[v + 1];
     for (int64_t c = threadIdx.x; c < packs; c += blockDim.x) {
-      Pack<T> sum = load_pack(parts + begin * packs + c);
+      Four<T> sum = load_pack(parts + begin * packs + c);
       for (int32_t i = begin + 1; i < end; ++i) sum += load_pack(parts + i * packs + c);
       store_pack(out + v * packs + c, sum);
     }
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kLatticeThreads)
 // Neighbours are brought while the last kernel still runs.
 template <class T>
 __global__ void __launch_bounds__(kLatticeThreads)
-    blur(const int32_t* found, const int32_t* ahead, const int32_t* behind, const Pack<T>* from,
-         int64_t packs, Pack<T>* to) {
+    blur(const int32_t* found, const int32_t* ahead, const int32_t* behind, const Four<T>* from,
+         int64_t packs, Four<T>* to) {
   let_next_kernel_begin();
   const int32_t vertices = found[0];
   int64_t v = first_row(), a = -1, b = -1;
@@ -210,8 +210,8 @@ __global__ void __launch_bounds__(kLatticeThreads)
   wait_for_last_kernel();
   for (; v < vertices; v += row_stride(), take_neighbours())
     for (int64_t c = threadIdx.x; c < packs; c += blockDim.x) {
-      const Pack<T> none = {};
-      const Pack<T> sum =
+      const Four<T> none = {};
+      const Four<T> sum =
           (b < 0 ? none : load_pack(from + b * packs + c)) + (a < 0 ? none : load_pack(from + a * packs + c));
       store_pack(to + v * packs + c, lattice_blur<T>(load_pack(from + v * packs + c), sum));
     }
@@ -234,12 +234,12 @@ class DeviceLattice {
   static int64_t room(int64_t pixels, int64_t packs) { return pixels * (d + 1) * packs; }
 
   DeviceLattice(const CudaCall& call, const LatticeMap<d>& map, const PixelFeatures<d>& features,
-                const Tensor& images, int64_t b, int64_t packs, Pack<T>* scratch)
+                const Tensor& images, int64_t b, int64_t packs, Four<T>* scratch)
       : call_(call), sorter_(images, images.size(2) * images.size(3) * (d + 1)), scratch_(scratch) {
     const int64_t n = sorter_.count();
     numbers_ = new_on_device(images, {(3 + 2 * (d + 1)) * n + 2}, ScalarType::Int);
     weights_ = new_on_device(images, {n}, scalar_type_of<T>);
-    values_ = new_on_device(images, {n * packs * kPack}, scalar_type_of<T>);
+    values_ = new_on_device(images, {n * packs * kFour}, scalar_type_of<T>);
     view_.corners = n;
     view_.weight = weights_.mutable_data_ptr<T>();
     view_.values = packs_in<T>(values_);
@@ -269,8 +269,8 @@ class DeviceLattice {
   const LatticeView<T, d>& view() const { return view_; }
 
   // view().values from q [pixels][packs] (null: 1)
-  void filter(const Pack<T>* q, int64_t packs) {
-    Pack<T>*from = scratch_, *to = packs_in<T>(values_);
+  void filter(const Four<T>* q, int64_t packs) {
+    Four<T>*from = scratch_, *to = packs_in<T>(values_);
     if ((d + 1) % 2 != 0) std::swap(from, to);  // so that the last blur ends in the values
     const RowLaunch rows(call_, view_.corners, packs);
     launch(call_, splat_parts<T, d>, rows.grid, rows.block, 0, view_, q, packs, from);
@@ -289,7 +289,7 @@ class DeviceLattice {
   const CudaCall& call_;
   const bool early_ = can_begin_early(blur<T>);
   Sorter<VertexKey> sorter_;
-  Pack<T>* scratch_;
+  Four<T>* scratch_;
   Tensor numbers_, weights_, values_;
   LatticeView<T, d> view_;
 };

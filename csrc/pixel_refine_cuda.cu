@@ -8,7 +8,7 @@
 #include <limits>
 #include <utility>
 
-#include "common/cuda_pack.cuh"
+#include "common/cuda_four.cuh"
 #include "common/cuda_table.cuh"
 #include "common/cuda_tile.cuh"
 #include "common/cuda_views.cuh"
@@ -74,7 +74,7 @@ struct Around {
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
     read_planes(const __grid_constant__ Pixels of, const __grid_constant__ AnyView<4> from,
-                int64_t first_image, Pack<T>* planes) {
+                int64_t first_image, Four<T>* planes) {
   const Tile tile = of.tile();
   const int64_t y = tile.y(), x = tile.x(), image = of.image(), b = first_image + image;
   if (!tile.inside()) return;
@@ -83,14 +83,14 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int64_t here = from.offset(b, 0, wy.index, wx.index);  // where no resizing is needed, (y,x)
   const int64_t below = wy.index + 1 < h ? from.stride[2] : 0, right = wx.index + 1 < w ? from.stride[3] : 0;
   const bool same = h == of.H && w == of.W;
-  for (int64_t first = 0; first < maps; first += kPack) {
-    const Pack<T> value = Pack<T>::of([&](int i) {
+  for (int64_t first = 0; first < maps; first += kFour) {
+    const Four<T> value = Four<T>::of([&](int i) {
       const int64_t map = here + std::min(first + i, maps - 1) * from.stride[1];
       auto load = [&](int64_t at) { return load_floating<T>(from.data, from.type, map + at); };
       auto column = [&](int64_t at) { return refine_blend(load(at), load(at + below), T(wy.fraction)); };
       return same ? load(0) : refine_blend(column(0), column(right), T(wx.fraction));
     });
-    store_pack(planes + ((image * packs_of(maps) + first / kPack) * of.H + y) * of.W + x, value);
+    store_pack(planes + ((image * packs_of(maps) + first / kFour) * of.H + y) * of.W + x, value);
   }
 }
 
@@ -98,17 +98,17 @@ __global__ void __launch_bounds__(Tile::kThreads)
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
     find_affinities(const __grid_constant__ Pixels of, const __grid_constant__ Neighbours<T> near,
-                    const Pack<T>* colours, T* affinity) {
+                    const Four<T>* colours, T* affinity) {
   const Tile tile = of.tile();
   const int64_t y = tile.y(), x = tile.x(), plane = of.plane(), here = y * of.W + x;
   if (!tile.inside()) return;
   colours += of.image() * plane;
   affinity += of.image() * near.size() * plane + here;
-  const Pack<T> own = load_pack(colours + here);
+  const Four<T> own = load_pack(colours + here);
   auto difference = [&](int64_t j, int i) {
     return load_pack(colours + Around(near.dilations[j], y, x, of.H, of.W)[i]) - own;
   };
-  const Pack<T> squares = refine_squares<T, Pack<T>>(near.count, difference);
+  const Four<T> squares = refine_squares<T, Four<T>>(near.count, difference);
   T factor[kRefineChannels];
   for (int c = 0; c < kRefineChannels; ++c)
     factor[c] = refine_colour_factor(squares.v[c], near.size(), near.colour_scale);
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     for (int64_t j = 0; j < near.count; ++j)
 #pragma unroll
       for (int i = 0; i < kRefineDirections; ++i) {
-        const Pack<T> far = difference(j, i);
+        const Four<T> far = difference(j, i);
         f(j * kRefineDirections + i, refine_logit<T, T>(factor, [&](int c) { return far.v[c]; }));
       }
   };
@@ -133,15 +133,15 @@ __global__ void __launch_bounds__(Tile::kThreads)
 template <class T, int Q>
 __global__ void __launch_bounds__(kTallest<T>* Tile::kWidth)
     iterate(const __grid_constant__ Pixels of, const __grid_constant__ Neighbours<T> near, const T* affinity,
-            const Pack<T>* from, int64_t maps, Pack<T>* to, T* out) {
+            const Four<T>* from, int64_t maps, Four<T>* to, T* out) {
   const Tile tile = of.tile();
   const int64_t y = tile.y(), x = tile.x(), plane = of.plane(), here = y * of.W + x;
   if (!tile.inside()) return;
   const int64_t first = of.group() * Q, packs = packs_of(maps), image = of.image();
   affinity += image * near.size() * plane + here;
   from += image * packs * plane;
-  const Pack<T>* pack[Q];
-  Pack<T> sum[Q] = {};
+  const Four<T>* pack[Q];
+  Four<T> sum[Q] = {};
 #pragma unroll
   for (int q = 0; q < Q; ++q) pack[q] = from + std::min(first + q, packs - 1) * plane;  // past the last: that
   T next[kRefineDirections], weight[kRefineDirections];
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kTallest<T>* Tile::kWidth)
     if (first + q >= packs) break;
     if (!out) store_pack(to + (image * packs + first + q) * plane + here, sum[q]);
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      const int64_t map = (first + q) * kPack + i;
+    for (int i = 0; i < kFour; ++i) {
+      const int64_t map = (first + q) * kFour + i;
       if (out && map < maps) out[(image * maps + map) * plane + here] = sum[q].v[i];
     }
   }
@@ -208,12 +208,12 @@ Tensor refine(const CudaCall& call, const Tensor& images, const Tensor& masks,
   const int64_t fill = (kWaves * call.limits.processors + Tile::count(H, W) - 1) / Tile::count(H, W);
   const int64_t together = std::min(fill, B), packs = packs_of(k);
   auto numbers = [&](int64_t count) { return new_on_device(images, {together * count}, scalar_type_of<T>); };
-  Tensor colour_numbers = numbers(kPack * plane), affinity = numbers(N * plane);
-  Tensor first = numbers(packs * kPack * plane), second = numbers(packs * kPack * plane);
-  Pack<T>* const colours = packs_in<T>(colour_numbers);
+  Tensor colour_numbers = numbers(kFour * plane), affinity = numbers(N * plane);
+  Tensor first = numbers(packs * kFour * plane), second = numbers(packs * kFour * plane);
+  Four<T>* const colours = packs_in<T>(colour_numbers);
   for (int64_t b = 0; b < B; b += together) {
     const Pixels pixels{H, W, unsigned(std::min(together, B - b))};
-    Pack<T>*from = packs_in<T>(first), *to = packs_in<T>(second);
+    Four<T>*from = packs_in<T>(first), *to = packs_in<T>(second);
     T* const out = result.mutable_data_ptr<T>() + b * k * plane;
     launch(call, read_planes<T>, pixels.grid(), pixels.block(), 0, pixels, AnyView<4>::of(images), b,
            colours);

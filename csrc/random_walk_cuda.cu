@@ -5,7 +5,7 @@
 // fixed order, and so short that waiting for memory is most of it: hence many threads, each with several reads under way.
 #include <utility>
 
-#include "common/cuda_pack.cuh"
+#include "common/cuda_four.cuh"
 #include "common/cuda_table.cuh"
 #include "common/cuda_tile.cuh"
 #include "common/cuda_views.cuh"
@@ -50,13 +50,13 @@ __device__ T clamped_edge(const AnyView<2>& edge, int64_t y, int64_t x) {
 template <class T>
 __global__ void __launch_bounds__(Tile::kThreads)
     start(const __grid_constant__ Walk walk, const __grid_constant__ AnyView<3> cams,
-          const __grid_constant__ AnyView<2> edge, Pack<T>* to) {
+          const __grid_constant__ AnyView<2> edge, Four<T>* to) {
   const Tile tile = Tile::at(blockIdx.x % walk.tiles(), walk.h, walk.w);
   const int64_t pack = blockIdx.x / walk.tiles(), y = tile.y(), x = tile.x();
   if (!tile.inside()) return;
   const T left = edge.data ? T(1) - clamped_edge<T>(edge, y, x) : T(1);
-  const Pack<T> value = Pack<T>::of(
-      [&](int i) { return cams.floating<T>(std::min(pack * kPack + i, cams.size[0] - 1), y, x) * left; });
+  const Four<T> value = Four<T>::of(
+      [&](int i) { return cams.floating<T>(std::min(pack * kFour + i, cams.size[0] - 1), y, x) * left; });
   store_pack(to + pack * walk.size + walk.cell(y, x), value);
 }
 
@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 template <class T>
 __global__ void __launch_bounds__(kWarp* kShares, sizeof(T) == 4 ? 4 : 2)
     step(const __grid_constant__ Walk walk, int64_t maps, const T* affinity, const T* scale,
-         const Pack<T>* from, Pack<T>* to, T* out) {
-  PSSL_SHARED(changes, Pack<T>[kShares][kWarp]);
+         const Four<T>* from, Four<T>* to, T* out) {
+  PSSL_SHARED(changes, Four<T>[kShares][kWarp]);
   let_next_kernel_begin();
   const int lane = threadIdx.x, share = threadIdx.y;
   const unsigned across = walk.row_blocks(), packs = unsigned(packs_of(maps)), row = blockIdx.x / across;
@@ -158,11 +158,11 @@ __global__ void __launch_bounds__(kWarp* kShares, sizeof(T) == 4 ? 4 : 2)
   if (share < walk.count) take_affinities(share);
   const T rate = scale[p];
   wait_for_last_kernel();
-  const Pack<T> here = load_pack(from);
-  Pack<T> change = {};
+  const Four<T> here = load_pack(from);
+  Four<T> change = {};
   for (int64_t first = share; first < walk.count; first += kShares * kTogether) {
     if (first > share) take_affinities(first);
-    Pack<T> next[kTogether], last[kTogether];
+    Four<T> next[kTogether], last[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i)
       next[i] = load_pack(from + distance[i]), last[i] = load_pack(from - distance[i]);
@@ -176,11 +176,11 @@ __global__ void __launch_bounds__(kWarp* kShares, sizeof(T) == 4 ? 4 : 2)
   if (share > 0 || !inside) return;
 #pragma unroll
   for (int i = 1; i < kShares; ++i) change += load_pack(&changes[i][lane]);
-  const Pack<T> moved = here + rate * change;
+  const Four<T> moved = here + rate * change;
   if (!out) store_pack(to + pack * walk.size + p, moved);
 #pragma unroll
-  for (int i = 0; i < kPack; ++i)
-    if (out && pack * kPack + i < maps) out[((pack * kPack + i) * walk.h + y) * walk.w + x] = moved.v[i];
+  for (int i = 0; i < kFour; ++i)
+    if (out && pack * kFour + i < maps) out[((pack * kFour + i) * walk.h + y) * walk.w + x] = moved.v[i];
 }
 
 template <class T>
@@ -213,8 +213,8 @@ Tensor walk_maps(const CudaCall& call, const Tensor& cams, const std::optional<T
   launch(call, normalise<T>, grid_of(walk.tiles()), Tile::block(), 0, walk, affinity, scale);
 
   const int64_t packs = packs_of(k);
-  Tensor maps = zeros<T>(cams, 2 * packs * walk.size * kPack);
-  Pack<T>*from = packs_in<T>(maps), *to = from + packs * walk.size;
+  Tensor maps = zeros<T>(cams, 2 * packs * walk.size * kFour);
+  Four<T>*from = packs_in<T>(maps), *to = from + packs * walk.size;
   launch(call, start<T>, grid_of(walk.tiles() * packs), Tile::block(), 0, walk, AnyView<3>::of(cams), edges,
          from);
   const dim3 grid = grid_of(walk.row_blocks() * h * packs), block(kWarp, kShares);

@@ -4,26 +4,12 @@
 #pragma once
 
 #include "common/cuda_block.cuh"
+#include "common/cuda_four.cuh"
 #include "common/cuda_views.cuh"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
 constexpr int kTileRows = 4, kTileColumns = 32, kTileCells = kTileRows * kTileColumns;
-constexpr int kFour = 4;  // cells, classes or channels that go together through registers
-
-// Four elements in one load or store.
-template <class T>
-struct alignas(16) Four {
-  T v[kFour];
-};
-template <class T>
-__device__ inline Four<T>& four(T* p) {
-  return *reinterpret_cast<Four<T>*>(p);
-}
-template <class T>
-__device__ inline const Four<T>& four(const T* p) {
-  return *reinterpret_cast<const Four<T>*>(p);
-}
 
 // Classes side by side: padded to groups of 8, with vectors and coefficients of 0.
 constexpr int kClassGroup = 8;
@@ -31,7 +17,7 @@ inline int64_t padded_classes(int64_t C) { return (C + kClassGroup - 1) / kClass
 
 // Coefficients of cells, the gradients of their products, lie class by class: [B][padded][plane] with an image's cells in a
 // plane, and zeros up to a multiple of 4.
-PSSL_HD inline int64_t coefficient_plane(int64_t cells) { return (cells + kFour - 1) / kFour * kFour; }
+PSSL_HD inline int64_t coefficient_plane(int64_t cells) { return packs_of(cells) * kFour; }
 
 // The cells of an image cut into tiles of 4 rows of 32: rows of the map, or, `flat`, cells one after another whatever row
 // they are in, where neighbours do not count.

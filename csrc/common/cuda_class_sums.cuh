@@ -154,7 +154,7 @@ struct QuadSum {
   }
   // Four channels of four cells of a tile, `place` the first.
   template <class S>
-  __device__ void load(int64_t place, Pack<S> (&f)[kFour]) const {
+  __device__ void load(int64_t place, Stored<S> (&f)[kFour]) const {
     const int64_t cells = p.tiles.h * p.tiles.w, w = p.tiles.w;
     int64_t at[kFour];
 #pragma unroll
@@ -183,7 +183,7 @@ struct QuadSum {
     const int64_t first = tiles * chunk / p.chunks, last = tiles * (chunk + 1) / p.chunks;
     const int groups = int((p.padded - c0) / kClassGroup);
     float sum[kFour][kClasses] = {};  // of channels and classes
-    Pack<S> next[kFour] = {};
+    Stored<S> next[kFour] = {};
     if (first < last) load(first * kTileCells + lane * kFour, next);
 #pragma unroll 1
     for (int64_t tile = first; tile < last; ++tile) {

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(QuadCombination::kWarps* kWarp)
         below(p.f, first + 2 * WithAround::kColumns + 1);
     const Quad<S> out(p.out, at_out + place);
     struct Row {
-      Pack<S> f;
+      Stored<S> f;
       S before, behind;
     };
     auto load = [&](const Quad<const S>& row, int dy, int64_t d) {

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kQuadPairWarps* kWarp)
     const int64_t *own_at = at + row * WithNext::kColumns + column, *below_at = own_at + WithNext::kColumns;
     const Quad<const S> own(p.f, own_at), below(p.f, below_at);
     struct Loaded {
-      Pack<S> own, below;
+      Stored<S> own, below;
       S behind, diagonal;
     };
     float sum[kPairTerms][kFour] = {};

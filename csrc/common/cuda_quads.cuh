@@ -31,16 +31,16 @@ struct Quad {
         at{offsets[0], offsets[1], offsets[2], offsets[3]},
         together(stride % kFour == 0 && lie_together(data, at)) {}
 
-  __device__ Pack<Element> load(int64_t d) const {
-    Pack<Element> pack{};
+  __device__ Stored<Element> load(int64_t d) const {
+    Stored<Element> stored{};
     if (together) {
-      pack = *reinterpret_cast<const Pack<Element>*>(data + at[0] + d * stride);
+      stored = *reinterpret_cast<const Stored<Element>*>(data + at[0] + d * stride);
     } else {
 #pragma unroll
       for (int i = 0; i < kFour; ++i)
-        if (at[i] >= 0) pack.v[i] = data[at[i] + d * stride];
+        if (at[i] >= 0) stored.v[i] = data[at[i] + d * stride];
     }
-    return pack;
+    return stored;
   }
   __device__ void store(int64_t d, const Four<float>& values) const {
     store_four(values, data, at, d * stride, together);
@@ -48,12 +48,12 @@ struct Quad {
 };
 
 template <class S>
-__device__ inline Four<float> floats(const Pack<S>& pack) {
-  return {converted<float>(pack.v[0]), converted<float>(pack.v[1]), converted<float>(pack.v[2]),
-          converted<float>(pack.v[3])};
+__device__ inline Four<float> floats(const Stored<S>& stored) {
+  return {converted<float>(stored.v[0]), converted<float>(stored.v[1]), converted<float>(stored.v[2]),
+          converted<float>(stored.v[3])};
 }
 
-// use(d, load(d)) for d in [first, last), with 64 bytes' worth of loads ahead of their use.
+// use(d, load(d)) for d in [first, last), kAhead loads ahead of their use.
 template <int kAhead, class Load, class Use>
 __device__ void each_channel(int first, int last, const Load& load, const Use& use) {
   decltype(load(0)) next[kAhead] = {};
@@ -75,7 +75,7 @@ __device__ void each_channel(int first, int last, const Load& load, const Use& u
   }
 }
 template <class S>
-constexpr int kChannelsAhead = 16 / sizeof(S);
+constexpr int kChannelsAhead = 16 / sizeof(S);  // 64 bytes of four cells
 
 // A block's share of memory and work: warps share the channels of a tile.
 struct QuadTile {
@@ -83,8 +83,7 @@ struct QuadTile {
 
   static constexpr int kMost = 4;
   static constexpr int kGradientChannels = 8;  // of a warp at a time
-  static constexpr int kGroups =
-      3;  // of classes in one pass over the channels: as many sums as registers hold
+  static constexpr int kGroups = 3;            // of classes in a pass: as many sums as registers hold
   static constexpr int kClasses = kGroups * kClassGroup;
   static constexpr int kRows = kClasses + 1;  // of sums in a pass: classes, and the norm
 
@@ -132,8 +131,8 @@ __device__ void quad_products(const Quad<const S>& quad, int64_t D, const float*
       __syncthreads();
       each_channel<kChannelsAhead<S>>(
           first, first + each < count ? first + each : count, [&](int d) { return quad.load(d0 + d); },
-          [&](int d, const Pack<S>& pack) {
-            const Four<float> f = floats(pack);
+          [&](int d, const Stored<S>& stored) {
+            const Four<float> f = floats(stored);
             if (with_norm) add_squares(f, norm);
 #pragma unroll
             for (int g = 0; g < QuadTile::kGroups; ++g)
@@ -178,7 +177,7 @@ __device__ void quad_gradients(const Quad<const S>& quad, const Quad<S>& out, in
     __syncthreads();
     for (int d = part * kChannels; d < count; d += shape.parts * kChannels) {
       const int channels = count - d < kChannels ? count - d : kChannels;
-      Pack<S> f[kChannels] = {};
+      Stored<S> f[kChannels] = {};
       if (coefficients)
 #pragma unroll
         for (int k = 0; k < kChannels; ++k)

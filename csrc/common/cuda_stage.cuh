@@ -32,22 +32,22 @@ __device__ inline To converted(From value) {
 
 // Four elements of a map: in one access where they lie `together`, side by side and aligned; at[i] < 0: none there.
 template <class S>
-struct alignas(sizeof(S) * kFour < 16 ? sizeof(S) * kFour : 16) Pack {
+struct alignas(sizeof(S) * kFour < 16 ? sizeof(S) * kFour : 16) Stored {
   S v[kFour];
 };
 
 template <class S>
 __device__ inline bool lie_together(const S* data, const int64_t (&at)[kFour]) {
   return at[0] >= 0 && at[0] % kFour == 0 && at[1] == at[0] + 1 && at[2] == at[0] + 2 && at[3] == at[0] + 3 &&
-         reinterpret_cast<uintptr_t>(data) % alignof(Pack<S>) == 0;
+         reinterpret_cast<uintptr_t>(data) % alignof(Stored<S>) == 0;
 }
 template <class T, class S>
 __device__ inline Four<T> load_four(const S* data, const int64_t (&at)[kFour], int64_t shift, bool together) {
   Four<T> values;
   if (together) {
-    const Pack<S> pack = *reinterpret_cast<const Pack<S>*>(data + at[0] + shift);
+    const Stored<S> stored = *reinterpret_cast<const Stored<S>*>(data + at[0] + shift);
 #pragma unroll
-    for (int i = 0; i < kFour; ++i) values.v[i] = converted<T>(pack.v[i]);
+    for (int i = 0; i < kFour; ++i) values.v[i] = converted<T>(stored.v[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < kFour; ++i) values.v[i] = at[i] < 0 ? T(0) : converted<T>(data[at[i] + shift]);
@@ -58,10 +58,10 @@ template <class T, class S>
 __device__ inline void store_four(const Four<T>& values, S* data, const int64_t (&at)[kFour], int64_t shift,
                                   bool together) {
   if (together) {
-    Pack<S> pack;
+    Stored<S> stored;
 #pragma unroll
-    for (int i = 0; i < kFour; ++i) pack.v[i] = converted<S>(values.v[i]);
-    *reinterpret_cast<Pack<S>*>(data + at[0] + shift) = pack;
+    for (int i = 0; i < kFour; ++i) stored.v[i] = converted<S>(values.v[i]);
+    *reinterpret_cast<Stored<S>*>(data + at[0] + shift) = stored;
   } else {
 #pragma unroll
     for (int i = 0; i < kFour; ++i)
