@@ -79,16 +79,13 @@ std::tuple<Tensor, Tensor> pool_forward(const PoolArguments& a) {
   Tensor sums = new_on_device(a.features, {c.B, c.C, c.D}, scalar_type_of<T>);
   Tensor mass = new_on_device(a.features, {c.B, c.C}, scalar_type_of<T>);
   Pixels<T> p = c.pixels_of();
-  CellSums<T> partial;
-  Tensor in_tiles = c.memory(a.same_grid() ? c.B * c.padded * coefficient_plane(p.grid.cells()) : 0);
-  const SameGrid<T> tiles{{}, {}, nullptr, 0, c.padded, c.data(in_tiles), 0, a.normalize, {}, {}};
-  if (run_same_grid(c.call, a.features, a.regions, tiles, TilePixels<T, true>{p})) {
-    partial = CellSums<T>(c.call, a.features, c.data(in_tiles), c.C, c.padded);
-  } else {
+  Tensor coefficients = c.memory(a.same_grid() ? c.B * c.padded * coefficient_plane(p.grid.cells()) : 0);
+  const SameGrid<T> tiles{{}, {}, nullptr, 0, c.padded, c.data(coefficients), 0, a.normalize, {}, {}};
+  if (!run_same_grid(c.call, a.features, a.regions, tiles, TilePixels<T, true>{p})) {
     const LabelPass<T> pass(c, p, nullptr, false);
-    Tensor of_products = LabelPass<T>::gather(c, p).of_products;
-    partial = CellSums<T>(c.call, a.features, c.data(of_products), c.C, c.padded);
+    coefficients = LabelPass<T>::gather(c, p).of_products;
   }
+  CellSums<T> partial(c.call, a.features, c.data(coefficients), c.C, c.padded);
   if (sums.numel() > 0)
     launch(c.call, add_chunks<T, T>, grid_for(sums.numel()), kThreads, 0, c.data(partial.partial), c.B,
            partial.chunks, c.C * c.D, c.data(sums));

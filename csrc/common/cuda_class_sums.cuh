@@ -38,32 +38,6 @@ struct ClassSums {
   }
 };
 
-// sum[class][channel] += the tile's features times the coefficients, for this thread's share of the cells: channels
-// d + across·i, classes c + down·i of `count`.
-template <class T>
-__device__ inline void add_cells(const ClassSums<T>& p, const T* staged, const T* coefficients, int count,
-                                 T (&sum)[kFour][kFour]) {
-  const int across = p.across(), down = p.down(), parts = p.parts(), thread = block_thread();
-  const int d = thread % across, c = thread / across % down, part = thread / (across * down);
-#pragma unroll 1
-  for (int j = part * kFour; part < parts && j < kTileCells; j += parts * kFour) {
-    Four<T> f[kFour], g[kFour];
-#pragma unroll
-    for (int i = 0; i < kFour; ++i) {
-      f[i] = four(staged + (d + across * i) * kTilePlane + j);
-      g[i] = c + down * i < (count + kFour - 1) / kFour * kFour
-                 ? four(coefficients + (c + down * i) * kTilePlane + j)
-                 : Four<T>{};
-    }
-#pragma unroll
-    for (int i = 0; i < kFour; ++i)
-#pragma unroll
-      for (int k = 0; k < kFour; ++k)
-#pragma unroll
-        for (int e = 0; e < kFour; ++e) sum[i][k] += g[i].v[e] * f[k].v[e];
-  }
-}
-
 // A block for a tile of channels, a pass of classes and a chunk of the cells of an image.
 template <class T>
 __global__ void __launch_bounds__(kThreads) class_sums(const __grid_constant__ ClassSums<T> p) {
@@ -98,7 +72,23 @@ __global__ void __launch_bounds__(kThreads) class_sums(const __grid_constant__ C
     stage<T, Alone>(p.f, at, d0, p.log2_channels, staged);
     __syncthreads();
     T of_tile[kFour][kFour] = {};  // then added: rounds less than one long sum
-    add_cells(p, staged, coefficients, count, of_tile);
+#pragma unroll 1
+    for (int j = part * kFour; part < p.parts() && j < kTileCells; j += p.parts() * kFour) {
+      Four<T> f[kFour], g[kFour];
+#pragma unroll
+      for (int i = 0; i < kFour; ++i) {
+        f[i] = four(staged + (d + across * i) * kTilePlane + j);
+        g[i] = c + down * i < (count + kFour - 1) / kFour * kFour
+                   ? four(coefficients + (c + down * i) * kTilePlane + j)
+                   : Four<T>{};
+      }
+#pragma unroll
+      for (int i = 0; i < kFour; ++i)
+#pragma unroll
+        for (int k = 0; k < kFour; ++k)
+#pragma unroll
+          for (int e = 0; e < kFour; ++e) of_tile[i][k] += g[i].v[e] * f[k].v[e];
+    }
 #pragma unroll
     for (int i = 0; i < kFour * kFour; ++i) sum[i / kFour][i % kFour] += of_tile[i / kFour][i % kFour];
   }
@@ -131,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) class_sums(const __grid_constant__ C
 // The same in quads: a warp for four channels, a pass of classes and a chunk of the cells of an image, each lane with four
 // cells of a tile; at the end the lanes' sums are added up.
 constexpr int kQuadSumWarps =
-    8;  // of a block: with neighbouring channels, so that they find their coefficients in the cache
+    8;  // of a block: their channels are neighbours, the coefficients in its cache the same
 
 struct QuadSum {
   const ClassSums<float>& p;
@@ -256,13 +246,20 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 struct CellSums {
   Tensor partial;  // [B,chunks,C,D]
-  int64_t chunks = 0;
-
-  CellSums() = default;
+  int64_t chunks;
 
   CellSums(const CudaCall& call, const Tensor& features, const T* gradients, int64_t C, int64_t padded) {
-    ClassSums<T> p = problem(features, gradients, C, padded, int64_t(4) << 20);
-    if (!p.partial) return;
+    // At most so many bytes of partial sums: chunks enough to fill a device, and few enough that adding them up does not
+    // count.
+    constexpr int64_t kTiles = 8, kMostBytes = int64_t(4) << 20;
+    ClassSums<T> p{AnyView<4>::of(features), gradients, C, padded, nullptr, 0, {}, 0};
+    const int64_t B = p.f.size[0], D = p.f.size[1];
+    p.tiles = {p.f.size[2], p.f.size[3], true};
+    const int64_t fit = kMostBytes / std::max<int64_t>(1, B * C * D * int64_t(sizeof(T)));
+    chunks = p.chunks = std::min((p.tiles.count() + kTiles - 1) / kTiles, std::max<int64_t>(1, fit));
+    partial = new_on_device(features, {B * chunks * C * D}, scalar_type_of<T>);
+    if (partial.numel() == 0) return;
+    p.partial = partial.mutable_data_ptr<T>();
     if constexpr (sizeof(T) == sizeof(float)) {
       if (in_quads<T>(p.f)) {
         const int64_t blocks = (QuadSum::tasks(p) + kQuadSumWarps - 1) / kQuadSumWarps;
@@ -270,25 +267,10 @@ struct CellSums {
         return;
       }
     }
-    const int64_t B = p.f.size[0];
     auto bytes = [&](int log2) { return p.shared(log2) * int64_t(sizeof(T)); };
     p.log2_channels = fitting_channels(call.limits, sizeof(T) == 8 ? 5 : 6, bytes);
     launch(call, class_sums<T>, grid_of(B * chunks * p.passes() * p.channel_tiles()), dim3(p.threads()),
            bytes(p.log2_channels), p);
-  }
-
-  // All but log2_channels; no memory where there are no sums. At most `most` bytes of partial sums: chunks enough to fill a
-  // device, and few enough that adding them up does not count.
-  ClassSums<T> problem(const Tensor& features, const T* gradients, int64_t C, int64_t padded, int64_t most) {
-    constexpr int64_t kTiles = 8;
-    ClassSums<T> p{AnyView<4>::of(features), gradients, C, padded, nullptr, 0, {}, 0};
-    const int64_t B = p.f.size[0], D = p.f.size[1];
-    p.tiles = {p.f.size[2], p.f.size[3], true};
-    const int64_t fit = most / std::max<int64_t>(1, B * C * D * int64_t(sizeof(T)));
-    chunks = p.chunks = std::min((p.tiles.count() + kTiles - 1) / kTiles, std::max<int64_t>(1, fit));
-    partial = new_on_device(features, {B * chunks * C * D}, scalar_type_of<T>);
-    p.partial = partial.numel() > 0 ? partial.mutable_data_ptr<T>() : nullptr;
-    return p;
   }
 };
 
