@@ -35,20 +35,21 @@ __device__ T warp_reduce(T value, F combine) {
   return value;
 }
 
-// Lane i gets the sum of all lanes' values[i]. All 32 lanes have to come here.
-template <class T>
+// Lane i gets the sum of all lanes' values[i]. All 32 lanes have to come here. `lanes` is a constant, one after the other of
+// 16 to 1: values indexed by a variable would lie in local memory.
+template <int lanes = kWarp / 2, class T>
 __device__ T warp_sums(T (&values)[kWarp]) {
-  const int lane = block_thread() % kWarp;
+  const bool upper = block_thread() & lanes;  // keeps the upper half of what it has, and gives the lower away
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    const bool upper = lane & lanes;  // keeps the upper half of what it has, and gives the lower away
-#pragma unroll
-    for (int i = 0; i < lanes; ++i) {
-      const T kept = upper ? values[i + lanes] : values[i], given = upper ? values[i] : values[i + lanes];
-      values[i] = kept + __shfl_xor_sync(kAllLanes, given, lanes);
-    }
+  for (int i = 0; i < lanes; ++i) {
+    const T kept = upper ? values[i + lanes] : values[i], given = upper ? values[i] : values[i + lanes];
+    values[i] = kept + __shfl_xor_sync(kAllLanes, given, lanes);
   }
-  return values[0];
+  if constexpr (lanes > 1) {
+    return warp_sums<lanes / 2>(values);
+  } else {
+    return values[0];
+  }
 }
 
 // Every thread gets the result. All threads of the block have to come here, their number a multiple of 32. `scratch` is
