@@ -36,6 +36,28 @@ def schema_args(case: Case, *, requires_grad: bool = False) -> tuple:
     return args
 
 
+def prototype_args(
+    op: str,
+    features: Tensor,  # [B,D,h,w]
+    regions: Tensor,  # [B,H,W]
+    classes: int,
+    generator: torch.Generator,
+    device: str | torch.device,
+    *,
+    weighted: bool = True,
+) -> dict[str, Any]:
+    """Arguments of prototype_pool or prototype_contrast over the same features and regions."""
+    args: dict[str, Any] = dict(features=features, regions=regions)
+    if weighted:
+        args["weights"] = torch.rand(regions.shape, generator=generator)
+    if op == "prototype_contrast":
+        args["prototypes"] = torch.randn(classes, features.shape[1], generator=generator)
+    args = {name: tensor.to(device) for name, tensor in args.items()}
+    if op == "prototype_pool":
+        args["num_regions"] = classes
+    return args
+
+
 @contextlib.contextmanager
 def planted(name: str, kernel: Callable, key: str = "CPU") -> Iterator[None]:
     """Registers ``kernel`` for the operator ``name``, as a compiled one is, for as long as the context

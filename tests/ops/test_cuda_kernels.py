@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support import prototype_args
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -187,16 +188,9 @@ def test_more_classes_than_a_pass(op, size, device):
     """171 classes (COCO-Stuff's): several passes over channels and cells, and on the feature grid more of them than
     small devices hold for a tile of cells."""
     g = torch.Generator().manual_seed(12)
-    args = dict(
-        features=torch.randn(2, 40, 9, 11, generator=g),
-        regions=torch.randint(0, 171, (2, *size), generator=g),
-    )
-    args["weights"] = torch.rand(args["regions"].shape, generator=g)
-    if op == "prototype_contrast":
-        args["prototypes"] = torch.randn(171, 40, generator=g)
-    args = {name: tensor.to(device) for name, tensor in args.items()}
-    if op == "prototype_pool":
-        args["num_regions"] = 171
+    features = torch.randn(2, 40, 9, 11, generator=g)
+    regions = torch.randint(0, 171, (2, *size), generator=g)
+    args = prototype_args(op, features, regions, 171, g, device)
     check_args(OPS[op], args, "native", f"{op}, 171 classes on {size}")
 
 
@@ -207,14 +201,9 @@ def test_more_classes_than_a_pass(op, size, device):
 def test_as_many_channels_as_resnet38(op, size, dtype, device):
     """4096, channels last: more than any chunk, and on the feature grid more sums than a block keeps."""
     g = torch.Generator().manual_seed(16)
-    args = dict(
-        features=torch.randn(1, 4096, 3, 5, generator=g).to(dtype), regions=torch.zeros(1, *size).long()
-    )
-    args["features"] = args["features"].contiguous(memory_format=torch.channels_last)
-    args["regions"][0, :2] = torch.tensor([[1], [255]])
-    if op == "prototype_contrast":
-        args["prototypes"] = torch.randn(2, 4096, generator=g)
-    args = {name: tensor.to(device) for name, tensor in args.items()}
-    if op == "prototype_pool":
-        args["num_regions"] = 2
+    features = torch.randn(1, 4096, 3, 5, generator=g).to(dtype)
+    features = features.contiguous(memory_format=torch.channels_last)
+    regions = torch.zeros(1, *size).long()
+    regions[0, :2] = torch.tensor([[1], [255]])
+    args = prototype_args(op, features, regions, 2, g, device, weighted=False)
     check_args(OPS[op], args, "native", f"{op}, 4096 channels on {size}")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import prototype_args
 
 from pssl_ext.registry import OPS
 from pssl_ext.testing import DTYPES, LAYOUTS, check, check_args, devices, errors, leaves, run, samples, truth
@@ -74,13 +75,8 @@ def test_several_tiles(op, grid, size, dtype, device):
     g = torch.Generator().manual_seed(2)
     regions = torch.randint(0, 21, (1, size, size), generator=g)
     regions[torch.rand(regions.shape, generator=g) < 0.2] = 255
-    args = dict(features=torch.randn(1, 130, grid, grid, generator=g).to(dtype), regions=regions)
-    args["weights"] = torch.rand(regions.shape, generator=g)
-    if op == "prototype_contrast":
-        args["prototypes"] = torch.randn(21, 130, generator=g)
-    args = {name: tensor.to(device) for name, tensor in args.items()}
-    if op == "prototype_pool":
-        args["num_regions"] = 21
+    features = torch.randn(1, 130, grid, grid, generator=g).to(dtype)
+    args = prototype_args(op, features, regions, 21, g, device)
     check_args(OPS[op], args, "auto", f"{op} {grid} to {size} {dtype} {device}")
 
 
