@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness import report, results
+from harness import goals, report, results
 from harness.measure import Result
 
 from pssl.engine.checkpoint import write_text
@@ -36,6 +36,7 @@ def block(records: list[dict]) -> str:
 def section(record: dict) -> str:
     """The table of one machine."""
     machine, runs = record["machine"], record["runs"]
+    held_to = goals.load_goals()
     made = {
         (run["date"][:10], short(run["commit"]), run["threads"], run["versions"]["torch"])
         for run in runs.values()
@@ -49,14 +50,16 @@ def section(record: dict) -> str:
         "| " + " | ".join(HEAD) + " |",
         "|---" * len(HEAD) + "|",
     ]
+    missed = []
     for run in runs.values():
         found = [] if "parts" in run else [r for r in results.results_of(run) if r.size is None]
+        judged = goals.verdicts(held_to, found, machine["device"])
+        missed += report.missed(judged)
         for problem in dict.fromkeys(r.problem for r in found):
             here = [r for r in found if r.problem == problem]
-            lines.append(row([r for r in here if r.work == here[-1].work], run["goals"]))
-    missed = [v for run in runs.values() for v in run.get("goals", ()) if not v["met"]]
+            lines.append(row([r for r in here if r.work == here[-1].work], judged))
     if missed:
-        lines += ["", f"Goals missed: {'; '.join(map(missed_text, missed))}."]
+        lines += ["", "Goals missed:", "", *(f"* {said}" for said in missed)]
     for run in runs.values():
         if "parts" in run:
             lines += ["", step_text(run)]
@@ -68,12 +71,12 @@ def short(commit: str) -> str:
     return commit[:7] + "+" * commit.endswith("+")
 
 
-def row(found: list[Result], verdicts: list[dict]) -> str:
+def row(found: list[Result], verdicts: list[goals.Verdict]) -> str:
     ours = next(r for r in found if r.ours)
     others = [r for r in found if not r.ours]
     usual = next((r for name in USUAL for r in others if r.provider == name), None)
     fastest = min(others, key=lambda r: r.p50, default=None)
-    judged = [v["met"] for v in verdicts if v["problem"] == ours.problem]
+    judged = [v.met for v in verdicts if v.goal.problem == ours.problem]
     work = "" if ours.work == "forward" else ", with gradients"
     memory = [
         "–" if r is None or r.extra_bytes is None else f"{r.extra_bytes / 2**20:.1f}" for r in (ours, usual)
@@ -88,12 +91,6 @@ def row(found: list[Result], verdicts: list[dict]) -> str:
         f"{sum(judged)} of {len(judged)}" if judged else "",
     )
     return "| " + " | ".join(cells) + " |"
-
-
-def missed_text(verdict: dict) -> str:
-    """A goal with what was measured in its place."""
-    problem, work, goal = (verdict[name] for name in ("problem", "work", "goal"))
-    return f"`{problem}`, {work}: {goal}, measured {verdict['measured']:.3g}"
 
 
 def times(result: Result | None) -> str:

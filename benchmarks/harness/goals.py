@@ -1,4 +1,4 @@
-"""The goals of the operators (goals.yaml beside the scripts), met or missed by a run."""
+"""The goals of the operators (goals.yaml beside the scripts), met or missed by a run, and why they are missed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ OF = ("copy_bandwidth", "launches", "seconds")
 @dataclass(frozen=True)
 class Goal:
     """``kind``: "times_faster_than" and "memory_of" name providers, the best of which counts; "copy_bandwidth" is the
-    share of it, "launches" and "seconds" are of a call. The bound is ``at_least`` or ``at_most``."""
+    share of it, "launches" and "seconds" are of a call. The bound is ``at_least`` or ``at_most``. ``why`` says what
+    keeps the operator from a goal that was missed."""
 
     problem: str
     device: str
@@ -26,17 +27,28 @@ class Goal:
     providers: tuple[str, ...] = ()
     at_least: float | None = None
     at_most: float | None = None
+    why: str = ""
 
     def __str__(self) -> str:
+        bound = f"≥ {self.said(self.at_least)}" if self.at_most is None else f"≤ {self.said(self.at_most)}"
         peers = " and ".join(self.providers)
-        bound = "≥" if self.at_most is None else "≤"
-        value = self.at_least if self.at_most is None else self.at_most
         return {
-            "times_faster_than": f"{bound} {value:g} × as fast as {peers}",
-            "copy_bandwidth": f"{bound} {value:.0%} of the copy bandwidth",
-            "launches": f"{bound} {value:g} launches",
-            "memory_of": f"{bound} {value:.0%} of the extra memory of {peers}",
-            "seconds": f"{bound} {1e6 * value:g} µs",
+            "times_faster_than": f"{bound} as fast as {peers}",
+            "copy_bandwidth": f"{bound} of the copy bandwidth",
+            "launches": f"{bound} launches",
+            "memory_of": f"{bound} of the extra memory of {peers}",
+            "seconds": bound,
+        }[self.kind]
+
+    def said(self, value: float) -> str:
+        """``value`` in the goal's unit."""
+        digits = f"{float(f'{value:.3g}'):g}"
+        return {
+            "times_faster_than": f"{digits} ×",
+            "copy_bandwidth": f"{100 * value:.3g}%",
+            "launches": digits,
+            "memory_of": f"{100 * value:.3g}%",
+            "seconds": f"{1e6 * value:.3g} µs",
         }[self.kind]
 
     def measured(self, results: list[Result]) -> float | None:
@@ -76,20 +88,29 @@ def _goal(entry: dict, problem: str, device: str, where: str) -> Goal:
     work = entry.pop("work", PASSES[1])
     if work not in PASSES:
         raise ValueError(f"{where}: work expected one of {', '.join(PASSES)}, got {work!r}")
+    why = " ".join(entry.pop("why", "").split())
     if len(entry) != 1 or not entry.keys() <= {"at_least", "at_most"}:
         raise ValueError(f"{where}: expected at_least or at_most, got {sorted(entry)}")
-    return Goal(problem, device, work, kinds[0], providers, **entry)
+    return Goal(problem, device, work, kinds[0], providers, **entry, why=why)
 
 
-def verdicts(goals: list[Goal], results: list[Result], device: str) -> list[dict]:
-    """For each goal of the device that the results can judge: what was measured, and whether that meets it."""
-    found = []
-    for goal in goals:
-        value = goal.measured(results) if goal.device == device else None
-        if value is not None:
-            found.append(
-                dict(
-                    problem=goal.problem, work=goal.work, goal=str(goal), measured=value, met=goal.met(value)
-                )
-            )
-    return found
+@dataclass(frozen=True)
+class Verdict:
+    """A goal beside what was measured, in the goal's unit."""
+
+    goal: Goal
+    value: float
+
+    @property
+    def met(self) -> bool:
+        return self.goal.met(self.value)
+
+    @property
+    def measured(self) -> str:
+        return self.goal.said(self.value)
+
+
+def verdicts(goals: list[Goal], results: list[Result], device: str) -> list[Verdict]:
+    """One for each goal of the device that the results can judge."""
+    judged = [(goal, goal.measured(results)) for goal in goals if goal.device == device]
+    return [Verdict(goal, value) for goal, value in judged if value is not None]

@@ -7,6 +7,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
+from .goals import Verdict
 from .measure import Result
 
 COLUMNS = ("pass", "calls", "p20 ms", "p50 ms", "p80 ms", "noise", "ratio", "extra MiB", "% of copy")
@@ -79,16 +80,21 @@ def growth_table(axis: str, results: list[Result]) -> Table:
     return table
 
 
-def goal_table(verdicts: list[dict]) -> Table:
+def goal_table(verdicts: list[Verdict]) -> Table:
     table = Table(title="goals (benchmarks/goals.yaml)", title_justify="left")
     for column in ("problem", "pass", "goal", "measured", ""):
         table.add_column(column)
     for v in verdicts:
-        table.add_row(
-            v["problem"],
-            v["work"],
-            v["goal"],
-            f"{v['measured']:.3g}",
-            "met" if v["met"] else "[red]missed[/red]",
-        )
+        said = "met" if v.met else "[red]missed[/red]"
+        table.add_row(v.goal.problem, v.goal.work, str(v.goal), v.measured, said)
     return table
+
+
+def missed(verdicts: list[Verdict]) -> list[str]:
+    """Of every goal that was missed: what was measured in its place, and why, where that is known."""
+    return [
+        f"`{v.goal.problem}`, {v.goal.work}: {v.goal}, measured {v.measured}"
+        + (f". {v.goal.why}" if v.goal.why else "")
+        for v in verdicts
+        if not v.met
+    ]

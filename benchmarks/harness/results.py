@@ -2,7 +2,7 @@
 
     {"machine": {name, device, processor …},
      "runs": {group: {date, commit, threads, versions, seconds, copy_bytes_per_second,
-                      results: [Result …], left_out: {problem: {provider: why}}, goals: [Verdict …]}}}
+                      results: [Result …], left_out: {problem: {provider: why}}}}}
 
 A group is a script ("rcm"), or a sweep of one ("rcm-pixels"); the training step's run has ``parts`` as well.
 """

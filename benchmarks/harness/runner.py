@@ -109,6 +109,7 @@ def run(args: argparse.Namespace, problems: Iterable[tuple[str, Deferred]]) -> N
     judged = [] if axis else goals.verdicts(goals.load_goals(), found, machine["device"])
     if judged:
         screen.print(report.goal_table(judged))
+        screen.print(*report.missed(judged), sep="\n", style="dim")
     seconds = time.monotonic() - begin
     print(f"copy: {copy / 1e9:.2f} GB/s (bytes read and written); {seconds:.0f} s in all")
     record = results.run_record(
@@ -117,7 +118,6 @@ def run(args: argparse.Namespace, problems: Iterable[tuple[str, Deferred]]) -> N
         seconds=seconds,
         copy_bytes_per_second=copy,
         left_out={k: v for k, v in left_out.items() if v},
-        goals=judged,
     )
     finish(args, machine, record)
 

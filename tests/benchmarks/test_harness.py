@@ -8,7 +8,7 @@ from dataclasses import replace
 import compare as compare_script
 import pytest
 import torch
-from harness import compare, goals, measure, results
+from harness import compare, goals, measure, report, results
 from harness.cost import with_peaks
 from harness.problem import Lineup, Problem
 
@@ -170,7 +170,7 @@ def record(ratio=10.0, noise=0.02, **more):
     ]
     about = dict(date="2026-01-01 00:00 UTC", commit="0" * 40, threads=2, versions={"torch": "2.13.0"})
     machine = {"name": "m", "device": "cpu", "processor": "p", "simd": "AVX2", "cores": 2}
-    return {"machine": machine, "runs": {"rcm": results.run_record(about, made, goals=[], **more)}}
+    return {"machine": machine, "runs": {"rcm": results.run_record(about, made, **more)}}
 
 
 def status(tmp_path, baseline, now):
@@ -232,16 +232,22 @@ def test_a_goal_is_met_or_missed_or_not_judged():
     found = results.results_of(record()["runs"]["rcm"])
     faster = goals.Goal("sum", "cpu", "forward", "times_faster_than", ("peers", "other"), at_least=9)
     memory = goals.Goal("sum", "cpu", "forward", "memory_of", ("peers",), at_most=0.5)
-    share = goals.Goal("sum", "cpu", "forward", "copy_bandwidth", at_least=0.6)
+    share = goals.Goal("sum", "cpu", "forward", "copy_bandwidth", at_least=0.6, why="It computes.")
     absent = goals.Goal("sum", "cpu", "forward", "times_faster_than", ("other",), at_least=9)
     launches = goals.Goal("sum", "cpu", "forward", "launches", at_most=4)
     elsewhere = replace(faster, device="cuda")
     judged = goals.verdicts([faster, memory, share, absent, launches, elsewhere], found, "cpu")
-    assert [(v["goal"], v["met"]) for v in judged] == [
-        ("≥ 9 × as fast as peers and other", True),
-        ("≤ 50% of the extra memory of peers", False),
-        ("≥ 60% of the copy bandwidth", False),
+    assert [(str(v.goal), v.measured, v.met) for v in judged] == [
+        ("≥ 9 × as fast as peers and other", "10 ×", True),
+        ("≤ 50% of the extra memory of peers", "100%", False),
+        ("≥ 60% of the copy bandwidth", "50%", False),
     ]
+    assert report.missed(judged) == [
+        "`sum`, forward: ≤ 50% of the extra memory of peers, measured 100%",
+        "`sum`, forward: ≥ 60% of the copy bandwidth, measured 50%. It computes.",
+    ]
+    quick = goals.Goal("sum", "cpu", "forward", "seconds", at_most=20e-6)
+    assert (str(quick), quick.said(0.000138)) == ("≤ 20 µs", "138 µs")
 
 
 @pytest.mark.parametrize(
