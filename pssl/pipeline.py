@@ -106,12 +106,15 @@ def run_cams(config: PipelineConfig, log: Log) -> dict:
 
 def run_refine(config: PipelineConfig, log: Log) -> dict:
     """The pseudo labels of both splits: the training split's to learn from, the other's to be looked at."""
-    seconds = {}
+    seconds: dict[str, dict] = {}
+    background: dict = {}
     for role in SPLITS:
         own = {item.name: getattr(config.refine, item.name) for item in dataclasses.fields(RefineSettings)}
         if role == "val" and own["affinity"].checkpoint is None:
             trained = config.folder("labels", "train") / "affinity.safetensors"
             own["affinity"] = dataclasses.replace(own["affinity"], checkpoint=trained)
+        if role == "val":
+            own |= {"threshold": background["threshold"], "power": background["power"]}
         result = refine.run(
             refine.RefineConfig(
                 **own,
@@ -126,7 +129,8 @@ def run_refine(config: PipelineConfig, log: Log) -> dict:
             log,
         )
         seconds[role] = result["seconds_per_image"]
-    return {"seconds_per_image": seconds}
+        background = background or result["background"]
+    return {"seconds_per_image": seconds, "background": background}
 
 
 def run_segment(config: PipelineConfig, log: Log) -> dict:

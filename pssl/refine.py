@@ -1,8 +1,9 @@
 """From CAMs to pseudo labels: ``python -m pssl.refine --method affinity+crf --cams runs/cams --out runs/labels``.
 
 One palette PNG an image in OUT, as VOC's masks are: 0 background, 1..K the classes, 255 where unsure (if asked for).
-Beside them refine.yaml (the settings), refine.json (what came out), and with "affinity" the confident labels and
-affinity.safetensors. Files that are there are kept, so that a run that was stopped carries on.
+Beside them refine.yaml (the settings), refine.json (what came out), threshold.json (how the background's threshold was
+chosen), and with "affinity" the confident labels and affinity.safetensors. Files that are there are kept, so that a run
+that was stopped carries on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from pssl.engine.affinities import (
 from pssl.engine.cam_files import even_selection, read_cams
 from pssl.engine.checkpoint import load_weights, write_text
 from pssl.engine.claim import claim
+from pssl.engine.label_threshold import choose_threshold
 from pssl.engine.log import Log
 from pssl.engine.parallel import over_images
 from pssl.engine.workspace import build_inputs, load_net, open_data, resolve_device
@@ -80,31 +82,47 @@ class RefineConfig(RefineSettings):
         self.data = narrowed(FolderConfig, self.data)  # a training's says more
 
 
-def resolve(config: RefineConfig) -> tuple[RefineConfig, CamsConfig | None]:
-    """Fill in checkpoint, threshold and sharpness from what is known of the CAMs; errors say what to give where it is
-    not."""
+@dataclass(frozen=True)
+class Background:
+    """Its score, a threshold or a power, and whence: "given", "CAMs" (their best one), or "labels of N images"."""
+
+    threshold: float | None
+    power: float | None
+    chosen_by: str
+
+
+def resolve(config: RefineConfig) -> tuple[RefineConfig, CamsConfig | None, Background]:
+    """Fill in checkpoint and sharpness from what is known of the CAMs, and find their background; errors say what to
+    give where it is not known."""
     source = made_from(config.cams)
     readout = "cam" if source is None else source.readout
     if config.sharpness is None:
         config.sharpness = SHARPNESS[readout]
     if config.checkpoint is None and source is not None:
         config.checkpoint = source.checkpoint
+    background = Background(config.threshold, config.power, "given")
     if config.threshold is None and config.power is None:
         if config.checkpoint is None:
             raise ValueError(
                 "threshold: expected one, or a power, for CAMs without a known checkpoint "
                 f"({config.cams} has no cams.yaml)"
             )
-        config.threshold = load_weights(config.checkpoint)[1]["thresholds"][readout]
+        best = load_weights(config.checkpoint)[1]["thresholds"][readout]
+        background = Background(best, None, "CAMs")
     if "affinity" in config.steps and config.checkpoint is None:
         raise ValueError(
             f"checkpoint: expected one for the affinities' features ({config.cams} has no cams.yaml to name it)"
         )
-    return config, source
+    return config, source, background
 
 
 def open_affinities(
-    config: RefineConfig, source: CamsConfig | None, folder: DataFolder, ids: Sequence[str], log: Log
+    config: RefineConfig,
+    source: CamsConfig | None,
+    background: Background,
+    folder: DataFolder,
+    ids: Sequence[str],
+    log: Log,
 ) -> Affinities:
     """The CAM network with affinities, loaded or trained on this split."""
     settings = config.affinity
@@ -120,7 +138,9 @@ def open_affinities(
         return Affinities(trained.net, head.eval(), inputs, settings.scale)
     affinities = Affinities(trained.net, new_head(trained.net, settings, config.seed), inputs, settings.scale)
     confident = config.out / "confident"
-    threshold = config.threshold if config.power is None else power_thresholds([config.power])[0]
+    threshold = background.threshold
+    if background.power is not None:
+        threshold = power_thresholds([background.power])[0]
     write_confident_labels(confident, folder, list(ids), config.cams, threshold, config, config.workers, log)
     train_affinities(affinities, confident, settings, config.seed, config.out / "affinity.state.pt", log)
     if distributed.is_first():
@@ -146,11 +166,14 @@ def build_steps(config: RefineConfig, affinities: Affinities | None) -> list[tup
     return [(name, steps[name]) for name in config.steps]
 
 
-def label_image(
-    config: RefineConfig, folder: DataFolder, steps: list[tuple[str, Step]], image_id: str
-) -> dict[str, float]:
-    """Write one image's labels; returns the seconds of each step and of the whole."""
-    begin = time.perf_counter()
+def refined_scores(
+    config: RefineConfig,
+    folder: DataFolder,
+    steps: list[tuple[str, Step]],
+    background: Background,
+    image_id: str,
+) -> tuple[Tensor, list[int], dict[str, float]]:
+    """An image's scores [1+k,H,W] after all steps, the regions of their rows, and the seconds of each step."""
     image = torch.from_numpy(folder.image(image_id)).permute(2, 0, 1)
     cams, class_ids = read_cams(config.cams, image_id)
     if cams.shape[1:] != image.shape[1:]:
@@ -158,12 +181,57 @@ def label_image(
             f"{config.cams / image_id}.npz: expected CAMs of the image's size {list(image.shape[1:])}, "
             f"got {list(cams.shape[1:])}"
         )
-    scores, regions = label_scores(cams, class_ids, config.threshold, config.power)
+    scores, regions = label_scores(cams, class_ids, background.threshold, background.power)
     seconds = {}
     for name, step in steps if len(regions) > 1 else ():
         before = time.perf_counter()
         scores = step(image_id, image, scores)
         seconds[name] = time.perf_counter() - before
+    return scores, regions, seconds
+
+
+def choose_background(
+    config: RefineConfig,
+    folder: DataFolder,
+    steps: list[tuple[str, Step]],
+    background: Background,
+    ids: Sequence[str],
+    log: Log,
+) -> Background:
+    """The CAMs' own, or on the CAM network's training split the one whose labels are best there."""
+    if background.chosen_by != "CAMs" or config.threshold_images == 0:
+        return background
+    if config.split != load_weights(config.checkpoint)[1].get("train_split", "train"):
+        return background
+
+    def label(image_id: str, threshold: float) -> Tensor:
+        at = Background(threshold, None, "")
+        scores, regions, _ = refined_scores(config, folder, steps, at, image_id)
+        return best_regions(scores, regions)
+
+    threshold, images = choose_threshold(
+        label,
+        folder,
+        ids,
+        config.threshold_images,
+        background.threshold,
+        config.out / "threshold.json",
+        config.workers,
+        log,
+    )
+    return Background(threshold, None, f"labels of {images} images") if images else background
+
+
+def label_image(
+    config: RefineConfig,
+    folder: DataFolder,
+    steps: list[tuple[str, Step]],
+    background: Background,
+    image_id: str,
+) -> dict[str, float]:
+    """Write one image's labels; returns the seconds of each step and of the whole."""
+    begin = time.perf_counter()
+    scores, regions, seconds = refined_scores(config, folder, steps, background, image_id)
     labels = best_regions(scores, regions, config.unsure)
     write_label_png(config.out / f"{image_id}.png", labels.numpy())
     return {**seconds, "image": time.perf_counter() - begin}
@@ -173,7 +241,7 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
     """Label a split; returns what refine.json holds."""
     distributed.start(resolve_device(config.device))
     log = log or Log()
-    config, source = resolve(config)
+    config, source, background = resolve(config)
     folder = open_data(config.data)
     ids = folder.ids(config.split)
     ids = [ids[i] for i in even_selection(len(ids), config.images)]
@@ -185,13 +253,16 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
     todo = [image_id for image_id in distributed.share(ids) if not (config.out / f"{image_id}.png").is_file()]
     affinities = None
     if "affinity" in config.steps:
-        affinities = open_affinities(config, source, folder, ids, log)
+        affinities = open_affinities(config, source, background, folder, ids, log)
     steps = build_steps(config, affinities)
+    background = choose_background(config, folder, steps, background, ids, log)
     names = [*config.steps, "image"]
     sums = dict.fromkeys(names, 0.0)
     begin = time.perf_counter()
     with log.progress(f"{config.method} of {config.split}", len(todo)) as bar:
-        for seconds in over_images(partial(label_image, config, folder, steps), todo, config.workers):
+        for seconds in over_images(
+            partial(label_image, config, folder, steps, background), todo, config.workers
+        ):
             for name, value in seconds.items():
                 sums[name] += value
             bar.advance()
@@ -208,7 +279,7 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
         "method": config.method,
         "data": folder.name,
         "split": config.split,
-        "background": {"threshold": config.threshold, "power": config.power},
+        "background": asdict(background),
         "sharpness": config.sharpness,
         "images": len(ids),
         "written": written,

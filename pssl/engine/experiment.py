@@ -140,6 +140,7 @@ def save(
         experiment.folder.classes,
         config.data.size,
         loading=config.data.loading,
+        train_split=config.data.train_split,
         seed=seed,
         thresholds=thresholds,
         **more,

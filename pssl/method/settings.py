@@ -31,12 +31,12 @@ class CRFConfig:
 
     iterations: int = 10
     """Iterations of the mean field (DeepLab's, Chen et al. 2015)."""
-    gaussian: Floats = (3.0, 1.0)
-    """Standard deviation in pixels and weight of the kernel on positions."""
+    gaussian: Floats = (3.0, 3.0)
+    """Standard deviation in pixels and weight of the kernel on positions (AffinityNet, DeepLab)."""
     bilateral: Floats = (50.0, 8.0, 4.0)
-    """Standard deviations in pixels and in steps of 0..255, and weight of the kernel on positions and colours. Both
-    measured on training images, embedded ones and photographs: the (3, 3) and (80, 13, 10) of AffinityNet's and
-    DeepLab's code, for surer scores, overrule CAMs on photographs."""
+    """Standard deviations in pixels and in steps of 0..255, and weight of the kernel on positions and colours. Measured
+    on training images, embedded ones and photographs: the (80, 13, 10) of AffinityNet's and DeepLab's code, for surer
+    scores, overrules CAMs."""
 
 
 @dataclass
@@ -95,7 +95,12 @@ class RefineSettings:
     """Steps in their order, joined by "+": "crf", "par", "affinity", "affinity+crf", ...; "none": the threshold
     alone."""
     threshold: float | None = None
-    """Background score. None: the threshold that the CAMs' checkpoint was scored best at, on its training split."""
+    """Background score. None: the one whose labels are best on training images, see `threshold_images`; on another
+    split than the CAM network's training split, the threshold that its CAMs were scored best at."""
+    threshold_images: int = 64
+    """So many training images are labelled at several thresholds to choose one by their masks. Measured on training
+    images: the best is a good deal lower than that of the CAMs on embedded ones, a little higher on photographs. 0: the
+    threshold that the CAMs were scored best at."""
     power: float | None = None
     """Background score (1 - max CAM)^power in place of a threshold (AffinityNet: 4 to 32)."""
     sharpness: float | None = None
@@ -115,6 +120,8 @@ class RefineSettings:
             raise ValueError("power: expected none beside a threshold, got both")
         if self.threshold is not None and not 0 < self.threshold < 1:
             raise ValueError(f"threshold: expected a value between 0 and 1, got {self.threshold}")
+        if self.threshold_images < 0:
+            raise ValueError(f"threshold_images: expected 0 or more, got {self.threshold_images}")
         if self.sharpness is not None and self.sharpness <= 0:
             raise ValueError(f"sharpness: expected a value above 0, got {self.sharpness}")
         if self.power is not None and self.power <= 0:

@@ -19,7 +19,9 @@ from pssl.engine import claim as claims
 from pssl.engine import distributed
 from pssl.engine.cam_files import read_cams, write_cams
 from pssl.engine.checkpoint import load_weights
+from pssl.engine.label_threshold import climb
 from pssl.engine.parallel import over_images
+from pssl.engine.scoring import LabelScorer
 from pssl.method.affinity import AffinityHead, affinity_losses
 from pssl.method.pseudo_labels import (
     best_regions,
@@ -174,7 +176,7 @@ def test_every_method_labels_the_split(tiny_cams, tmp_path, quiet, method):
     assert (result["written"], result["kept"], result["method"]) == (16, 0, method)
     assert set(result["seconds_per_image"]) == {*(() if method == "none" else method.split("+")), "image"}
     assert result["sharpness"] == 4.0
-    assert result["background"]["threshold"] == load_weights(tiny_cams.checkpoint)[1]["thresholds"]["cam"]
+    assert result["background"]["chosen_by"] == "labels of 16 images"
     kinds = set()
     for image_id, present in zip(ids, folder.image_labels(ids), strict=True):
         with Image.open(tmp_path / f"{image_id}.png") as picture:
@@ -205,14 +207,67 @@ def test_labels_are_what_the_steps_make(tiny_cams, tmp_path, quiet):
             assert np.array_equal(found, expected.numpy()), (out, image_id)
 
 
+@pytest.mark.parametrize("peak", [0.2, 0.3, 0.52, 0.01, 0.99])
+def test_climbing_ends_on_the_peak(peak):
+    asked = []
+
+    def score(threshold):
+        asked.append(threshold)
+        return -abs(threshold - peak)
+
+    scores = climb(score, 0.3)
+    assert asked == list(scores) and len(set(asked)) == len(asked), "nothing is scored twice"
+    best = max(scores, key=scores.get)
+    assert abs(best - peak) <= 0.05 and 0 < min(scores) and max(scores) < 1
+    assert all(round((threshold - 0.3) / 0.05, 6) % 1 == 0 for threshold in scores)
+
+
+def test_the_threshold_is_that_of_the_best_labels(tiny_cams, tmp_path, quiet):
+    """Of those tried none gives the training images better labels, and the labels are those at it."""
+    own = load_weights(tiny_cams.checkpoint)[1]["thresholds"]["cam"]
+    config = tiny_refine(tiny_cams, tmp_path / "chosen", "crf")
+    chosen = refine.run(config, quiet)["background"]
+    kept = json.loads((config.out / "threshold.json").read_text())
+    assert kept["threshold"] == chosen["threshold"] and len(kept["miou"]) >= 2 and str(own) in kept["miou"]
+    folder = VOCFolder(tiny_cams.root)
+    ids = folder.ids("train")
+    for threshold, miou in kept["miou"].items():
+        given = tiny_refine(tiny_cams, tmp_path / threshold, "crf", threshold=float(threshold))
+        assert refine.run(given, quiet)["background"]["chosen_by"] == "given"
+        scorer = LabelScorer(len(folder.classes) + 1)
+        for image_id in ids:
+            scorer.add(
+                read_label_png(given.out / f"{image_id}.png", len(folder.classes)), folder.mask(image_id)
+            )
+        assert scorer.result().summary(("background", *folder.classes), "missed")["miou"] == miou
+        if float(threshold) == chosen["threshold"]:
+            assert labels_of(given.out, ids) == labels_of(config.out, ids)
+    assert kept["miou"][str(chosen["threshold"])] == max(kept["miou"].values())
+    carried_on = tiny_refine(tiny_cams, tmp_path / "chosen", "crf")
+    assert refine.run(carried_on, quiet)["background"] == chosen
+
+
+def test_masks_of_other_images_choose_no_threshold(tiny_cams, tmp_path, quiet):
+    own = load_weights(tiny_cams.checkpoint)[1]["thresholds"]["cam"]
+    expected = {"threshold": own, "power": None, "chosen_by": "CAMs"}
+    held = tiny_refine(tiny_cams, tmp_path / "val", "crf", split="val")
+    held.cams = tiny_cams.val
+    assert refine.run(held, quiet)["background"] == expected
+    without = tiny_refine(tiny_cams, tmp_path / "none", "crf", threshold_images=0)
+    assert refine.run(without, quiet)["background"] == expected
+    assert not (held.out / "threshold.json").exists() and not (without.out / "threshold.json").exists()
+    with pytest.raises(ValueError, match="threshold_images: expected 0 or more, got -1"):
+        RefineSettings(threshold_images=-1)
+
+
 def test_stopped_run_carries_on(tiny_cams, tmp_path, quiet):
     """A run that broke off in the middle leaves whole files only, and the next one makes just what is missing."""
-    whole = tiny_refine(tiny_cams, tmp_path / "whole", "affinity")
+    whole = tiny_refine(tiny_cams, tmp_path / "whole", "affinity", threshold=0.4)
     refine.run(whole, quiet)
     ids = VOCFolder(tiny_cams.root).ids("train")
     expected = labels_of(whole.out, ids)
 
-    broken = tiny_refine(tiny_cams, tmp_path / "broken", "affinity")
+    broken = tiny_refine(tiny_cams, tmp_path / "broken", "affinity", threshold=0.4)
     step = refine.walk_step
     calls = itertools.count()
 
