@@ -34,7 +34,7 @@ class Regions {
       std::fill_n(s.index.get(), W_, 0);
       for (int64_t k : present_[b]) {
         sum_of_scales(b, k, y, s);
-        divide_row(s.sum.get(), W_, divisor[b * K_ + k], s.sum.get());
+        divide_row(s.sum.get(), W_, divisor[b * K_ + k]);
         keep_best(s.sum.get(), W_, int32_t(k), s.best.get(), s.index.get());
       }
       uint8_t* labels = out + (b * H_ + y) * W_;

@@ -103,22 +103,22 @@ struct Image {
   int64_t slots() const { return std::max<int64_t>(1, classes.size()); }  // of the histogram
 };
 
-// One thread's rows.
+// One thread's row.
 template <class T>
 struct Scratch {
-  Buffer<T> memory, values;
-  Buffer<T> best;        // of a task's pixels, the largest value
-  Buffer<int32_t> slot;  // and its class
+  Buffer<T> memory, values;  // `values`: of all classes, where they cannot be read in place
+  Buffer<T> best;            // of each pixel, the largest value
+  Buffer<int32_t> slot;      // and its class
   Buffer<int64_t> wide_truth;
   Buffer<int32_t> truth, bin;
 
   explicit Scratch(const std::deque<Image<T>>& images) {
-    int64_t most = 0, width = 0, pixels = 0;
+    int64_t most = 0, width = 0, elements = 0;
     for (const auto& image : images) {
       most = std::max(most, image.cams.scratch()), width = std::max(width, image.cams.W);
-      pixels = std::max(pixels, image.tasks.rows * image.cams.W);
+      elements = std::max(elements, image.slots() * image.cams.W);
     }
-    memory.reset(most), values.reset(width), best.reset(pixels), slot.reset(pixels);
+    memory.reset(most), values.reset(elements), best.reset(width), slot.reset(width);
     wide_truth.reset(width), truth.reset(width), bin.reset(width);
   }
 };
@@ -153,7 +153,11 @@ class Sweep {
       };
       auto finish = [&](const Image<T>& image) {
         const int64_t size = histogram_size(image);
-        for (int64_t i = size; i < kWays * size; ++i) histogram[i % size] += histogram[i];
+        for (int64_t i = 0; i < size; ++i) {
+          int64_t sum = 0;
+          for (int64_t way = 0; way < kWays; ++way) sum += histogram[i * kWays + way];
+          histogram[i] = sum;
+        }
         const std::lock_guard<std::mutex> lock(adding);
         add_counts(image, histogram.get(), out);
       };
@@ -181,16 +185,6 @@ class Sweep {
       finish(image);
     }
   }
-  // f(i, values) for row i of a task, of one class: one after the other as they lie in memory
-  template <class F>
-  void each_row(const Image<T>& image, int64_t task, int64_t j, Scratch<T>& s, const F& f) const {
-    const FeatureView plane = image.cams.maps.plane(0, image.classes[j].second);
-    int64_t i = 0;
-    image.tasks.each_row(task - image.first_task, [&](int64_t y) {
-      f(i++, image.cams.row_in_place(plane, y, s.memory.get(), s.values.get()));
-    });
-  }
-
   // Each class's maximum over its image, of the resized map, and the eps above it.
   void find_divisors() {
     const T lowest = -std::numeric_limits<T>::infinity();
@@ -202,8 +196,11 @@ class Sweep {
       auto task = [&](Image<T>& image, int64_t number, Scratch<T>& s) {
         for (size_t j = 0; j < image.classes.size(); ++j) {
           T& largest = top[number * most + j];
-          each_row(image, number, j, s,
-                   [&](int64_t, const T* values) { largest = largest_of(values, image.cams.W, largest); });
+          const FeatureView plane = image.cams.maps.plane(0, image.classes[j].second);
+          image.tasks.each_row(number - image.first_task, [&](int64_t y) {
+            const T* values = image.cams.row_in_place(plane, y, s.memory.get(), s.values.get());
+            largest = largest_of(values, image.cams.W, largest);
+          });
         }
       };
       auto nothing = [](const Image<T>&) {};
@@ -219,40 +216,38 @@ class Sweep {
   }
 
   // Neighbours mostly fall into one bin, and adding to a number that was just stored waits for the store: so they are
-  // counted in histograms of their own.
+  // counted in histograms of their own, side by side.
   static constexpr int64_t kWays = 4;
 
   // [C + 1, slots, bins]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
 
   void count_task(Image<T>& image, int64_t task, Scratch<T>& s, int64_t* histogram) const {
-    const int64_t W = image.cams.W, pixels = image.tasks.rows * W;
-    std::fill_n(s.best.get(), pixels, -std::numeric_limits<T>::infinity());
-    std::fill_n(s.slot.get(), pixels, 0);
-    for (size_t j = 0; j < image.classes.size(); ++j)
-      each_row(image, task, j, s, [&](int64_t i, const T* values) {
-        if (!image.divisor.empty()) values = divide_row(values, W, image.divisor[j], s.values.get());
-        keep_best(values, W, int32_t(j), &s.best[i * W], &s.slot[i * W]);
-      });
-    int64_t i = 0;
-    image.tasks.each_row(task - image.first_task,
-                         [&](int64_t y) { count_row(image, y, i++ * W, s, histogram); });
+    const int64_t W = image.cams.W, k = int64_t(image.classes.size());
+    const T* divisors = image.divisor.empty() ? nullptr : image.divisor.data();
+    std::vector<const T*> values(k);
+    image.tasks.each_row(task - image.first_task, [&](int64_t y) {
+      for (int64_t j = 0; j < k; ++j) {
+        const FeatureView plane = image.cams.maps.plane(0, image.classes[j].second);
+        values[j] = image.cams.row_in_place(plane, y, s.memory.get(), &s.values[j * W]);
+      }
+      best_of_rows(values.data(), divisors, k, W, s.best.get(), s.slot.get());
+      count_row(image, y, s, histogram);
+    });
   }
-  // Row y, whose best values are those from `at` on.
-  void count_row(Image<T>& image, int64_t y, int64_t at, Scratch<T>& s, int64_t* histogram) const {
+  void count_row(Image<T>& image, int64_t y, Scratch<T>& s, int64_t* histogram) const {
     const int64_t W = image.cams.W;
-    thresholds_.below_row(&s.best[at], W, s.bin.get());
+    thresholds_.below_row(s.best.get(), W, s.bin.get());
     if (image.truth.tensor->scalar_type() == ScalarType::Long) {
-      add_label_rows(image, y, &s.slot[at], s, s.wide_truth.get());
+      add_label_rows(image, y, s.slot.get(), s, s.wide_truth.get());
     } else {
-      add_label_rows(image, y, &s.slot[at], s, s.truth.get());
+      add_label_rows(image, y, s.slot.get(), s, s.truth.get());
     }
     const int32_t* bin = s.bin.get();
-    const int64_t size = histogram_size(image);
     int64_t x = 0;
     for (; x + kWays <= W; x += kWays)
-      for (int64_t way = 0; way < kWays; ++way) ++histogram[way * size + bin[x + way]];
-    for (; x < W; ++x) ++histogram[bin[x]];
+      for (int64_t way = 0; way < kWays; ++way) ++histogram[bin[x + way] * kWays + way];
+    for (; x < W; ++x) ++histogram[bin[x] * kWays];
   }
   // s.bin += where the bins of each pixel's label and slot begin
   template <class Label>

@@ -9,9 +9,9 @@ namespace pssl::PSSL_SIMD_NAMESPACE {
 constexpr double kMaximumEps = 1e-5;  // added to a CAM's maximum before dividing, as in the references
 
 // Whether `value` takes the place of the best so far: the first of the largest stays, NaN counts as larger than all, as in
-// torch.amax.
+// torch.amax. For numbers and vectors of them.
 template <class T>
-PSSL_HD inline bool beats(T value, T best) {
+PSSL_HD inline auto beats(T value, T best) {
   return (value > best) | (value != value);
 }
 

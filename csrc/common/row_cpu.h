@@ -1,6 +1,8 @@
 // Steps on one row of values, and the rows of a map in tasks for threads.
 #pragma once
 
+#include <limits>
+
 #include "common/cam_maps.h"
 #include "common/tensors.h"
 #include "common/vec.h"
@@ -51,10 +53,54 @@ PSSL_NOINLINE void keep_best(const T* __restrict values, int64_t n, int32_t numb
   }
 }
 
+// The same over the `count` rows of values at once, each divided by its divisor if there are any: all rows are read side
+// by side, the best stay in registers. Pixels for which no value is above -infinity get that and 0.
 template <class T>
-PSSL_NOINLINE const T* divide_row(const T* values, int64_t n, T divisor, T* out) {
-  for (int64_t x = 0; x < n; ++x) out[x] = values[x] / divisor;
-  return out;
+PSSL_NOINLINE void best_of_rows(const T* const* rows, const T* divisors, int64_t count, int64_t n, T* best,
+                                int32_t* region) {
+  constexpr int V = 2,
+                kAhead =
+                    256 / int(sizeof(T));  // as many streams as rows: too many for the processor to guess
+  const T lowest = -std::numeric_limits<T>::infinity();
+  auto block = [&](auto vectors, int64_t x) {
+    constexpr int N = decltype(vectors)::value;
+    Vec<T> top[N];
+    Lanes<T> found[N] = {};
+    for (int v = 0; v < N; ++v) top[v] = splat<T>(lowest);
+    for (int64_t k = 0; k < count; ++k) {
+      for (int v = 0; v < N; ++v) __builtin_prefetch(rows[k] + x + v * kLanes<T> + kAhead);
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) {
+        Vec<T> value = load<T>(rows[k] + x + v * kLanes<T>);
+        if (divisors) value = value / divisors[k];
+        const Lanes<T> better = beats<Vec<T>>(value, top[v]);
+        top[v] = better ? value : top[v];
+        found[v] = better ? Lanes<T>{} + BitsOf<T>(k) : found[v];
+      }
+    }
+    for (int v = 0; v < N; ++v) {
+      store<T>(best + x + v * kLanes<T>, top[v]);
+      for (int i = 0; i < kLanes<T>; ++i) region[x + v * kLanes<T> + i] = int32_t(found[v][i]);
+    }
+  };
+  // the last block begins early enough to be whole: what it does twice comes out the same
+  if (n >= V * kLanes<T>) {
+    for (int64_t x = 0; x < n; x += V * kLanes<T>)
+      block(std::integral_constant<int, V>{}, std::min(x, n - V * kLanes<T>));
+    return;
+  }
+  std::fill_n(best, n, lowest);
+  std::fill_n(region, n, 0);
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t x = 0; x < n; ++x) {
+      const T value = divisors ? rows[k][x] / divisors[k] : rows[k][x];
+      if (beats(value, best[x])) best[x] = value, region[x] = int32_t(k);
+    }
+}
+
+template <class T>
+PSSL_NOINLINE void divide_row(T* values, int64_t n, T divisor) {
+  for (int64_t x = 0; x < n; ++x) values[x] /= divisor;
 }
 
 template <class T>
