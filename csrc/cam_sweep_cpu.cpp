@@ -147,14 +147,16 @@ class Sweep {
                     ": num_regions × classes × thresholds = ", most, " is too large");
     std::mutex adding;
     torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      Buffer<int64_t> histogram(kWays * most);
+      Buffer<int32_t> histogram(kWays * most);
+      int64_t counted = 0;
       auto start = [&](const Image<T>& image) {
-        std::fill_n(histogram.get(), kWays * histogram_size(image), int64_t(0));
+        std::fill_n(histogram.get(), kWays * histogram_size(image), int32_t(0));
+        counted = 0;
       };
       auto finish = [&](const Image<T>& image) {
         const int64_t size = histogram_size(image);
         for (int64_t i = 0; i < size; ++i) {
-          int64_t sum = 0;
+          int32_t sum = 0;
           for (int64_t way = 0; way < kWays; ++way) sum += histogram[i * kWays + way];
           histogram[i] = sum;
         }
@@ -162,6 +164,9 @@ class Sweep {
         add_counts(image, histogram.get(), out);
       };
       auto task = [&](Image<T>& image, int64_t number, Scratch<T>& s) {
+        const int64_t pixels = image.tasks.rows * image.cams.W;
+        if (counted + pixels > kMostCounted) finish(image), start(image);
+        counted += pixels;
         count_task(image, number, s, histogram.get());
       };
       each_task(begin, end, task, start, finish);
@@ -218,11 +223,13 @@ class Sweep {
   // Neighbours mostly fall into one bin, and adding to a number that was just stored waits for the store: so they are
   // counted in histograms of their own, side by side.
   static constexpr int64_t kWays = 4;
+  // Pixels that a histogram counts before it is added up: half the memory to clear and to read than with 64 bits.
+  static constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max();
 
   // [C + 1, slots, bins]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
 
-  void count_task(Image<T>& image, int64_t task, Scratch<T>& s, int64_t* histogram) const {
+  void count_task(Image<T>& image, int64_t task, Scratch<T>& s, int32_t* histogram) const {
     const int64_t W = image.cams.W, k = int64_t(image.classes.size());
     const T* divisors = image.divisor.empty() ? nullptr : image.divisor.data();
     std::vector<const T*> values(k);
@@ -235,7 +242,7 @@ class Sweep {
       count_row(image, y, s, histogram);
     });
   }
-  void count_row(Image<T>& image, int64_t y, Scratch<T>& s, int64_t* histogram) const {
+  void count_row(Image<T>& image, int64_t y, Scratch<T>& s, int32_t* histogram) const {
     const int64_t W = image.cams.W;
     thresholds_.below_row(s.best.get(), W, s.bin.get());
     if (image.truth.tensor->scalar_type() == ScalarType::Long) {
@@ -268,22 +275,28 @@ class Sweep {
       if (truth[x] != ignore_ && (truth[x] < 0 || truth[x] >= C_)) image.check.found(truth[x]);
   }
 
-  // Pixels with at most j thresholds below them are background at threshold j.
-  void add_counts(const Image<T>& image, const int64_t* histogram, int64_t* out) const {
-    for (int64_t label = 0; label < C_; ++label)
-      for (int64_t slot = 0; slot < image.slots(); ++slot) {
-        const int64_t* bins = histogram + (label * image.slots() + slot) * bins_;
-        const int64_t all = std::accumulate(bins, bins + bins_, int64_t(0));
-        if (all == 0) continue;
-        const int64_t region = image.classes.empty() ? 0 : image.classes[slot].first;
-        int64_t background = 0;
-        for (int64_t j = 0; j + 1 < bins_; ++j) {
-          background += bins[j];
-          int64_t* row = out + (thresholds_.order[j] * C_ + label) * C_;
-          row[0] += background;
-          row[region] += all - background;
+  // Pixels with at most j thresholds below them are background at threshold j. `out` is walked as it lies in memory: it
+  // is larger than a label's bins.
+  void add_counts(const Image<T>& image, const int32_t* histogram, int64_t* out) const {
+    const int64_t slots = image.slots();
+    std::vector<int64_t> regions(slots, 0), above(slots);
+    for (size_t slot = 0; slot < image.classes.size(); ++slot) regions[slot] = image.classes[slot].first;
+    for (int64_t label = 0; label < C_; ++label) {
+      const int32_t* bins = histogram + label * slots * bins_;
+      for (int64_t slot = 0; slot < slots; ++slot)
+        above[slot] = std::accumulate(bins + slot * bins_, bins + (slot + 1) * bins_, int64_t(0));
+      if (std::count(above.begin(), above.end(), 0) == slots) continue;
+      int64_t background = 0;
+      for (int64_t j = 0; j + 1 < bins_; ++j) {
+        int64_t* row = out + (thresholds_.order[j] * C_ + label) * C_;
+        for (int64_t slot = 0; slot < slots; ++slot) {
+          const int64_t below = bins[slot * bins_ + j];
+          background += below;
+          row[regions[slot]] += above[slot] -= below;
         }
+        row[0] += background;
       }
+    }
   }
 
   Thresholds<T> thresholds_;

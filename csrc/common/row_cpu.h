@@ -58,9 +58,9 @@ PSSL_NOINLINE void keep_best(const T* __restrict values, int64_t n, int32_t numb
 template <class T>
 PSSL_NOINLINE void best_of_rows(const T* const* rows, const T* divisors, int64_t count, int64_t n, T* best,
                                 int32_t* region) {
-  constexpr int V = 2,
-                kAhead =
-                    256 / int(sizeof(T));  // as many streams as rows: too many for the processor to guess
+  constexpr int V = 2;
+  constexpr int kAhead =
+      512 / int(sizeof(T));  // as many streams as rows: too many for the processor to guess
   const T lowest = -std::numeric_limits<T>::infinity();
   auto block = [&](auto vectors, int64_t x) {
     constexpr int N = decltype(vectors)::value;
@@ -68,7 +68,7 @@ PSSL_NOINLINE void best_of_rows(const T* const* rows, const T* divisors, int64_t
     Lanes<T> found[N] = {};
     for (int v = 0; v < N; ++v) top[v] = splat<T>(lowest);
     for (int64_t k = 0; k < count; ++k) {
-      for (int v = 0; v < N; ++v) __builtin_prefetch(rows[k] + x + v * kLanes<T> + kAhead);
+      for (int v = 0; v < N; v += 64 / kVecBytes) __builtin_prefetch(rows[k] + x + v * kLanes<T> + kAhead);
 #pragma GCC unroll 2
       for (int v = 0; v < N; ++v) {
         Vec<T> value = load<T>(rows[k] + x + v * kLanes<T>);
