@@ -31,6 +31,10 @@ AUTO_ELSEWHERE = ("native",)
 #: why ``pssl_ext._C`` could not be imported; None when it was
 load_error: str | None = None
 _warned: set[tuple[str, str]] = set()
+#: (operator, device type) that the dispatcher had a kernel for; asking it takes as long as launching a kernel
+_there: set[tuple[str, str]] = set()
+#: (TRITON_INTERPRET is set, CC) under which all that Triton needs was found: looking for it reads folders
+_tools: set[tuple[bool, str | None]] = set()
 
 
 def load_native() -> None:
@@ -56,8 +60,13 @@ def load_native() -> None:
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question
 def _has_kernel(op: str, device_type: str) -> bool:
+    if (op, device_type) in _there:
+        return True
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pssl::{op}", key)
+    found = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pssl::{op}", key)
+    if found:
+        _there.add((op, device_type))
+    return found
 
 
 @torch.compiler.assume_constant_result
@@ -72,11 +81,14 @@ def _why_no_triton(op: str, device_type: str) -> str | None:
         return (
             "Triton kernels run on CUDA devices, on others in Triton's interpreter alone (TRITON_INTERPRET=1)"
         )
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    # as triton/runtime/build.py looks for it
-    if not interpreted and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton compiles its launchers with a C compiler, and there is neither CC, gcc nor clang"
+    compiler = None if interpreted else os.environ.get("CC")
+    if (interpreted, compiler) not in _tools:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        # as triton/runtime/build.py looks for it
+        if not interpreted and not (compiler or shutil.which("gcc") or shutil.which("clang")):
+            return "Triton compiles its launchers with a C compiler, and there is neither CC, gcc nor clang"
+        _tools.add((interpreted, compiler))
     return None
 
 
@@ -100,7 +112,7 @@ def why_not(
 
     With the schema's arguments ``args`` also where it cannot for these.
     """
-    device_type = torch.device(device).type
+    device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
     if backend == "reference":
         return None
     if backend == "native":

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def require(ok: bool, op: str, argument: str, expected: str | Callable[[], str], got: Any) -> None:
     """Raises ValueError ``<op>: <argument> must be <expected>, got <got>`` unless ``ok``.
@@ -36,18 +39,19 @@ def require_tensor(op: str, argument: str, value: Any) -> None:
 
 def require_floating(op: str, argument: str, value: Tensor) -> None:
     require_tensor(op, argument, value)
-    floating = value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    require(floating, op, argument, "float16, bfloat16, float32 or float64", value.dtype)
+    if value.dtype not in FLOATING:
+        require(False, op, argument, "float16, bfloat16, float32 or float64", value.dtype)
 
 
 def require_integer(op: str, argument: str, value: Tensor) -> None:
     require_tensor(op, argument, value)
-    integer = value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    require(integer, op, argument, "of an integer type", value.dtype)
+    if value.dtype not in INTEGER:
+        require(False, op, argument, "of an integer type", value.dtype)
 
 
 def require_device(op: str, argument: str, value: Tensor, device: torch.device) -> None:
-    require(value.device == device, op, argument, f"on {device} as the first argument", value)
+    if value.device != device:
+        require(False, op, argument, f"on {device} as the first argument", value)
 
 
 def require_size(op: str, argument: str, value: Any) -> None:

@@ -26,12 +26,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pssl_ext import backends
+from pssl_ext.autograd import formula
 
 NAMESPACE = "pssl"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 #: every operator by name, in the order of definition
 OPS: dict[str, OpSpec] = {}
+
+#: by the dispatcher's name, for those with a gradient: `formula`
+_RECORDED: dict[str, Callable] = {}
 
 
 @dataclass(frozen=True)
@@ -175,10 +179,17 @@ def call(name: str, backend: str, *args: Any) -> Any:
     spec = OPS[name]
     device = _device_of(args)
     chosen = backends.choose(name, backend, device, args)
+    compiling = torch.compiler.is_compiling()
     # C++ kernels look for themselves, GPU kernels cannot raise: PSSL_DEBUG=1 looks for them
-    if not torch.compiler.is_compiling() and (chosen != "dispatcher" or _debug()):
+    if spec.check_values is not None and not compiling and (chosen != "dispatcher" or _debug()):
         _check_values(spec, device, args)
-    return _without_autocast(spec.reference)(*args) if chosen == "reference" else spec.op_of(chosen)(*args)
+    if chosen == "reference":
+        return _without_autocast(spec.reference)(*args)
+    # what others transform or trace is the dispatcher's to call, as is what has no gradient
+    traced = compiling or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+    if traced or not spec.differentiable:
+        return spec.op_of(chosen)(*args)
+    return _RECORDED[spec.entry(chosen)](args)
 
 
 def _triton_kernel(name: str, direction: str) -> Callable:
@@ -345,49 +356,8 @@ def _register_backward(spec: OpSpec, parsed: Any, entry: str, kernel: Callable) 
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        # Lists of tensors are saved flat; `layout` says how to put the arguments together again.
-        tensors: list[Tensor | None] = []
-        layout: list[Any] = []
-        for value in inputs:
-            if isinstance(value, Tensor):
-                layout.append("tensor")
-                tensors.append(value)
-            elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-                layout.append(("list", len(value)))
-                tensors.extend(value)
-            else:
-                layout.append(("plain", value))
-        ctx.save_for_backward(*tensors)
-        ctx.layout = layout
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, *grads: Any) -> tuple:
-        saved = iter(ctx.saved_tensors)
-        args: list[Any] = []
-        for entry in ctx.layout:
-            if entry == "tensor":
-                args.append(next(saved))
-            elif entry[0] == "list":
-                args.append([next(saved) for _ in range(entry[1])])
-            else:
-                args.append(entry[1])
-        # a list argument's entry in needs_input_grad is itself a list, one flag a tensor
-        needs = [
-            any(n) if isinstance(n, (list, tuple)) else bool(n)
-            for n in (ctx.needs_input_grad[i] for i in indices)
-        ]
-        results: list[Any] = [None] * len(args)
-        if any(needs) and any(g is not None for g in grads):
-            found = getattr(torch.ops.pssl, name).default(*grads, *args, needs)
-            for i, needed, gradient in zip(indices, needs, (found,) if single else found, strict=True):
-                if needed:
-                    results[i] = gradient
-        for i, value in enumerate(args):
-            if isinstance(value, list) and value and isinstance(value[0], Tensor) and results[i] is None:
-                results[i] = [None] * len(value)
-        return tuple(results)
-
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{entry}", backward, setup_context=setup_context, lib=_library
+    run = formula(
+        getattr(torch.ops.pssl, entry).default, getattr(torch.ops.pssl, name).default, parsed, indices
     )
+    _library.impl(entry, lambda keyset, *args: run(args, keyset), "Autograd", with_keyset=True)
+    _RECORDED[entry] = run

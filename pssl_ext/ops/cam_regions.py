@@ -144,11 +144,13 @@ def _check_cams(op: str, argument: str, cams: Sequence[Tensor], image_labels: Te
     checks.require_tensor(op, "image_labels", image_labels)
     checks.require(image_labels.ndim == 2, op, "image_labels", "[B,K]", image_labels)
     b, k = image_labels.shape
+    device, empty = image_labels.device, 0 in (b, k)
     for i, cam in enumerate(cams):
-        checks.require_floating(op, f"{argument}[{i}]", cam)
-        ok = cam.ndim == 4 and tuple(cam.shape[:2]) == (b, k)
-        checks.require(ok, op, f"{argument}[{i}]", lambda: f"[B,K,h,w]=[{b},{k},*,*]", cam)
-        filled = 0 not in cam.shape[2:] or 0 in (b, k)
-        checks.require(filled, op, f"{argument}[{i}]", "of at least 1×1 cells", cam)
-        checks.require_device(op, f"{argument}[{i}]", cam, image_labels.device)
+        name = f"{argument}[{i}]"
+        checks.require_floating(op, name, cam)
+        shape = cam.shape
+        ok = len(shape) == 4 and shape[0] == b and shape[1] == k
+        checks.require(ok, op, name, lambda: f"[B,K,h,w]=[{b},{k},*,*]", cam)
+        checks.require(empty or 0 not in shape[2:], op, name, "of at least 1×1 cells", cam)
+        checks.require_device(op, name, cam, device)
     return k

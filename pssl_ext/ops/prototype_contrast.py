@@ -236,12 +236,14 @@ def prototype_contrast(
         checks.require_floating(OP, "weights", weights)
         same = weights.shape == regions.shape
         checks.require(same, OP, "weights", lambda: f"[B,H,W]={list(regions.shape)}", weights)
-    others = dict(
-        prototypes=prototypes, regions=regions, temperature=temperature, valid=valid, weights=weights
-    )
-    for name, tensor in others.items():
-        if tensor is not None:
-            checks.require_device(OP, name, tensor, features.device)
+    device = features.device
+    checks.require_device(OP, "prototypes", prototypes, device)
+    checks.require_device(OP, "regions", regions, device)
+    checks.require_device(OP, "temperature", temperature, device)
+    if valid is not None:
+        checks.require_device(OP, "valid", valid, device)
+    if weights is not None:
+        checks.require_device(OP, "weights", weights, device)
     choices = ("mean", "sum", "none")
     checks.require(reduction in choices, OP, "reduction", "one of " + ", ".join(choices), reduction)
     loss, total = call(
@@ -261,4 +263,6 @@ def prototype_contrast(
         return loss
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / torch.where(total != 0, total, 1.0)
+    if weights is None or not weights.requires_grad:
+        total = total.detach()  # a constant, for which autograd then launches nothing
+    return loss.sum() / total.masked_fill(total.logical_not(), 1.0)

@@ -61,6 +61,7 @@ def test_the_reasons(monkeypatch):
 
 def test_the_reasons_of_triton(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_tools", set())  # what was found, and what this test pretends
     assert (
         backends.why_not("cam_sweep", "triton", "cuda") == "this version holds no Triton kernel for cam_sweep"
     )
@@ -72,6 +73,8 @@ def test_the_reasons_of_triton(monkeypatch):
     monkeypatch.setattr(backends.shutil, "which", lambda name: None)
     assert "neither CC, gcc nor clang" in backends.why_not("prototype_pool", "triton", "cuda")
     monkeypatch.setattr(backends.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert backends.why_not("prototype_pool", "triton", "cuda") is None
+    monkeypatch.setattr(backends.shutil, "which", lambda name: pytest.fail("looked for again"))
     assert backends.why_not("prototype_pool", "triton", "cuda") is None
 
 
