@@ -133,6 +133,9 @@ class Sweep {
     for (size_t i = 0; i < cams.size(); ++i) {
       images_.emplace_back(cams[i], class_ids[i], ground_truth[i], int64_t(i), C_, tasks_);
       tasks_ += images_.back().tasks.count;
+      const int64_t pixels = images_.back().tasks.rows * images_.back().cams.W;
+      STD_TORCH_CHECK(pixels <= std::numeric_limits<int32_t>::max() - kMostCounted, kOp, ": ground_truth[", i,
+                      "] must have rows of less than 2^31 - 2^22 pixels, got ", images_.back().cams.W);
     }
     if (normalize) find_divisors();
   }
@@ -223,8 +226,9 @@ class Sweep {
   // Neighbours mostly fall into one bin, and adding to a number that was just stored waits for the store: so they are
   // counted in histograms of their own, side by side.
   static constexpr int64_t kWays = 4;
-  // Pixels that a histogram counts before it is added up: half the memory to clear and to read than with 64 bits.
-  static constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max();
+  // Pixels that a histogram of 32 bits counts before it is added up, beside those of a task, which fit too (the
+  // constructor looks): half the memory to clear and to read than with 64 bits.
+  static constexpr int64_t kMostCounted = 1 << 22;
 
   // [C + 1, slots, bins]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }

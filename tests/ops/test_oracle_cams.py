@@ -176,6 +176,23 @@ def test_sweep_is_the_reference_bit_for_bit(data):
         assert torch.equal(cam_sweep(*args, normalize=normalize), expected)
 
 
+def test_sweep_of_an_image_of_many_pixels():
+    """More than a histogram counts before it is added up, on however few threads; the two beside it share it."""
+    g = torch.Generator().manual_seed(3)
+    cams = [torch.rand(2, 3, 5, generator=g) for _ in range(3)]
+    truths = [
+        torch.randint(0, 4, size, generator=g, dtype=torch.uint8) for size in ((9, 7), (2300, 2000), (5, 5))
+    ]
+    ids = [torch.tensor([3, 1])] * 3
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        got = cam_sweep(cams, ids, truths, [0.7, 0.2], 4)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(got, cam_sweep(cams, ids, truths, [0.7, 0.2], 4, backend="reference"))
+
+
 def test_sweep_of_nothing():
     nothing = (torch.zeros(0, 2, 2), torch.zeros(0, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64))
     assert cam_sweep(*nothing, [0.1], 3)[0].tolist() == [[4, 0, 0], [0, 0, 0], [0, 0, 0]]
