@@ -91,6 +91,9 @@ def _goal(entry: dict, problem: str, device: str, where: str) -> Goal:
     why = " ".join(entry.pop("why", "").split())
     if len(entry) != 1 or not entry.keys() <= {"at_least", "at_most"}:
         raise ValueError(f"{where}: expected at_least or at_most, got {sorted(entry)}")
+    (bound,) = entry.values()
+    if not isinstance(bound, (int, float)):
+        raise ValueError(f"{where}: expected a number as {next(iter(entry))}, got {bound!r}")
     return Goal(problem, device, work, kinds[0], providers, **entry, why=why)
 
 

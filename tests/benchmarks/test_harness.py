@@ -257,6 +257,7 @@ def test_a_goal_is_met_or_missed_or_not_judged():
         ("cpu: {a: [{of: warmth, at_least: 3}]}", "got .'warmth'."),
         ("cpu: {a: [{of: seconds}]}", "expected at_least or at_most"),
         ("cpu: {a: [{of: seconds, at_most: 1, work: backward}]}", "work expected one of forward"),
+        ("cpu: {a: [{of: seconds, at_most: 2e-05}]}", "expected a number as at_most, got '2e-05'"),
     ],
 )
 def test_a_goal_that_is_none_is_named(tmp_path, text, said):
