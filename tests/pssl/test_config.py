@@ -32,7 +32,7 @@ def test_recipe_then_file_then_flags(tmp_path):
     path.write_text("method: {rcm: {foreground: 0.5}}\nschedule: {batch_size: 8}\n")
     flags = ["--model.backbone", "efficientnet_lite0", "--schedule.batch-size", "4"]
     config = parse(TrainConfig, [f"--config={path}", *flags])
-    assert config.recipe == "photographs" and config.model.frozen and config.data.size == 256
+    assert config.recipe == "photographs" and config.model.frozen and config.data.size == 320
     assert config.method.rcm.foreground == 0.5 and config.schedule.batch_size == 4
     assert parse(TrainConfig, []).recipe == "synthetic"
 
