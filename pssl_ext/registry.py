@@ -179,17 +179,25 @@ def call(name: str, backend: str, *args: Any) -> Any:
     spec = OPS[name]
     device = _device_of(args)
     chosen = backends.choose(name, backend, device, args)
-    compiling = torch.compiler.is_compiling()
+    traced = _traced()
     # C++ kernels look for themselves, GPU kernels cannot raise: PSSL_DEBUG=1 looks for them
-    if spec.check_values is not None and not compiling and (chosen != "dispatcher" or _debug()):
+    if spec.check_values is not None and not traced and (chosen != "dispatcher" or _debug()):
         _check_values(spec, device, args)
     if chosen == "reference":
         return _without_autocast(spec.reference)(*args)
     # what others transform or trace is the dispatcher's to call, as is what has no gradient
-    traced = compiling or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
     if traced or not spec.differentiable:
         return spec.op_of(chosen)(*args)
     return _RECORDED[spec.entry(chosen)](args)
+
+
+def _traced() -> bool:
+    """Whether a call is recorded, transformed or of tensors without values, which then cannot be looked at: by
+    torch.compile, torch.jit.trace, functorch, make_fx or fake tensors."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    mode, kinds = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return mode(kinds.PROXY) is not None or mode(kinds.FAKE) is not None
 
 
 def _triton_kernel(name: str, direction: str) -> Callable:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pssl_ext import prototype_contrast
@@ -32,10 +33,23 @@ def test_vmap_calls_one_by_one():
     assert torch.equal(*(torch.autograd.grad(x.sum(), both)[0] for x in (losses, expected)))
 
 
-def test_a_graph_holds_the_operators():
+def test_a_graph_holds_the_operators(monkeypatch):
+    """Also where values are looked at before a call, which those of a graph have none of."""
+    monkeypatch.setenv("PSSL_DEBUG", "1")
     graph = make_fx(lambda x: torch.autograd.grad(loss(x), x)[0])(FEATURES.clone().requires_grad_()).graph
     called = [str(node.target) for node in graph.nodes if "pssl" in str(node.target)]
     assert called == ["pssl.prototype_contrast.default", "pssl.prototype_contrast_backward.default"]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_fake_tensors_have_no_values_to_look_at(backend, monkeypatch):
+    monkeypatch.setenv("PSSL_DEBUG", "1")
+    with FakeTensorMode():
+        features = torch.empty(2, 8, 3, 3).requires_grad_()
+        labels = torch.empty(2, 6, 6, dtype=torch.int64)
+        found = prototype_contrast(features, torch.empty(3, 8), labels, backend=backend)
+        found.backward()
+    assert found.shape == () and features.grad.shape == (2, 8, 3, 3)
 
 
 def test_a_trace_holds_the_operator():
