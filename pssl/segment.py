@@ -16,7 +16,7 @@ import torch
 
 from pssl.cli import parse, to_dict
 from pssl.config import SplitsConfig, narrowed
-from pssl.data.open import DataFolder
+from pssl.data.open import DataFolder, has_mask
 from pssl.data.voc import read_label_png
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
@@ -156,8 +156,7 @@ def predict(config: SegmentConfig, folder: DataFolder, net: DeepLab, log: Log) -
 def score(config: SegmentConfig, folder: DataFolder, log: Log) -> dict | None:
     """Scores of the predictions; None for a split without masks, as VOC's test split is."""
     ids = folder.ids(config.data.val_split)
-    paths = (folder.mask_path(image_id) for image_id in ids)
-    if not any(path is None or path.is_file() for path in paths):  # None: COCO draws its masks
+    if not any(has_mask(folder, image_id) for image_id in ids):
         log.say(f"{config.data.val_split} has no masks: nothing to score")
         return None
     scorer = LabelScorer(len(folder.classes) + 1)

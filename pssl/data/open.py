@@ -40,6 +40,12 @@ class DataFolder(Protocol):
     def image_labels(self, ids: Iterable[str]) -> np.ndarray: ...
 
 
+def has_mask(folder: DataFolder, image_id: str) -> bool:
+    """Whether an image has a mask to be scored by: its file is there, or there is none to be since COCO draws masks."""
+    path = folder.mask_path(image_id)
+    return path is None or path.is_file()
+
+
 def open_folder(
     root: str | Path,
     *,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .check import check_images, check_labels
-from .open import DataFolder
+from .open import DataFolder, has_mask
 
 __all__ = ["FolderSummary", "print_summary", "summarise"]
 
@@ -57,8 +57,7 @@ def summarise(folder: DataFolder, splits: Sequence[str] = (), *, decode: bool = 
         labelled = [image_id for image_id in ids if image_id not in unlabelled]
         if labelled or not unlabelled:
             summary.class_images[split] = folder.image_labels(labelled).sum(0, dtype=int).tolist()
-        paths = [folder.mask_path(image_id) for image_id in ids]
-        with_masks = any(path is None or path.is_file() for path in paths)
+        with_masks = any(has_mask(folder, image_id) for image_id in ids)
         fresh = [image_id for image_id in ids if image_id not in checked]
         checked.update(fresh)
         found = check_images(folder, fresh, masks=with_masks, decode=decode, compare=decode)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pssl.data.open import DataFolder
+from pssl.data.open import DataFolder, has_mask
 from pssl.engine import distributed
 from pssl.engine.cam_files import even_selection
 from pssl.engine.checkpoint import write_text
@@ -59,7 +59,7 @@ def choose_threshold(
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept["threshold"], kept["images"]
-    scored = [image_id for image_id in ids if folder.mask_path(image_id).is_file()]
+    scored = [image_id for image_id in ids if has_mask(folder, image_id)]
     scored = [scored[i] for i in even_selection(len(scored), images)]
     own = distributed.share(scored)
 

@@ -202,6 +202,10 @@ def test_the_table_of_a_run(tmp_path):
     for verdict in judged:
         said = f"* `prototype_pool/same-grid`, forward+backward: {verdict.goal}, measured {verdict.measured}"
         assert (said in text) != verdict.met, verdict
+    for result in record["runs"]["rcm"]["results"]:
+        result["ratio"] = 1.0
+    said = "forward+backward: ≥ 3 × as fast as peers, measured 1 ×"
+    assert f"Goals missed:\n\n* `prototype_pool/same-grid`, {said}\n* " in table.block([record])
     placed = table.placed(f"a\n{table.BEGIN}\nold\n{table.END}\nb", text)
     assert placed.startswith("a\n") and placed.endswith("\nb") and text in placed and "old" not in placed
 

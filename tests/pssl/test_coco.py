@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pssl.data import COCOFolder, open_folder
 from pssl.data.outlines import decode_run_lengths, fill_polygon, parse_run_lengths
 from pssl.data.summary import summarise
+from pssl.engine.label_threshold import choose_threshold
 
 NAMES = ["COCO_train2014_000000000009", "COCO_train2014_000000000025", "COCO_train2014_000000000030"]
 
@@ -79,6 +81,17 @@ def test_reads_a_folder(coco):
     np.testing.assert_array_equal(folder.mask(NAMES[1]), second)
     found = summarise(folder, decode=True)
     assert found.problems == [] and found.class_images == {"train2014": [1, 2, 1]}
+
+
+def test_drawn_masks_choose_a_threshold(coco, tmp_path, quiet):
+    """Of pseudo labels: masks without files are masks."""
+    folder = open_folder(coco)
+
+    def label(image_id, threshold):
+        return torch.from_numpy(folder.mask(image_id) * np.uint8(abs(threshold - 0.35) < 0.01))
+
+    path = tmp_path / "threshold.json"
+    assert choose_threshold(label, folder, NAMES[:2], 9, 0.4, path, 1, quiet) == (0.35, 2)
 
 
 def test_problems_are_named(coco, tmp_path):
