@@ -33,7 +33,7 @@ from pssl.engine.affinities import (
     write_confident_labels,
 )
 from pssl.engine.cam_files import even_selection, read_cams
-from pssl.engine.checkpoint import load_weights, write_text
+from pssl.engine.checkpoint import load_description, write_text
 from pssl.engine.claim import claim
 from pssl.engine.label_threshold import choose_threshold
 from pssl.engine.log import Log
@@ -107,7 +107,7 @@ def resolve(config: RefineConfig) -> tuple[RefineConfig, CamsConfig | None, Back
                 "threshold: expected one, or a power, for CAMs without a known checkpoint "
                 f"({config.cams} has no cams.yaml)"
             )
-        best = load_weights(config.checkpoint)[1]["thresholds"][readout]
+        best = load_description(config.checkpoint)["thresholds"][readout]
         background = Background(best, None, "CAMs")
     if "affinity" in config.steps and config.checkpoint is None:
         raise ValueError(
@@ -201,7 +201,7 @@ def choose_background(
     """The CAMs' own, or on the CAM network's training split the one whose labels are best there."""
     if background.chosen_by != "CAMs" or config.threshold_images == 0:
         return background
-    if config.split != load_weights(config.checkpoint)[1].get("train_split", "train"):
+    if config.split != load_description(config.checkpoint).get("train_split", "train"):
         return background
 
     def label(image_id: str, threshold: float) -> Tensor:

@@ -47,12 +47,21 @@ def save_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the description of a file of :func:`save_weights`."""
+    return _read(path, whole=True)
+
+
+def load_description(path: Path) -> dict[str, Any]:
+    """The description alone, from the file's header: no tensor is read."""
+    return _read(path, whole=False)[1]
+
+
+def _read(path: Path, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: expected a file at {path}, found none")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if whole else {}
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a {FORMAT} file, got none of safetensors ({error})") from None
     if metadata.get("format") != FORMAT:
