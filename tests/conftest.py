@@ -1,7 +1,8 @@
-"""For every test: the same hypothesis examples each time, so that a failure is one for everybody; the photographs where
-they are."""
+"""For every test: the same random numbers and hypothesis examples each time, so that a failure is one for everybody;
+the photographs where they are."""
 
 import os
+import random
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,17 @@ hypothesis.settings.register_profile("pssl", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("pssl")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Whatever ran before it, and alone as among others."""
+    import numpy  # these two not before the number of their threads is set
+    import torch
+
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
