@@ -20,21 +20,26 @@ from pssl.engine.log import Log
 from pssl.engine.parallel import over_images
 from pssl.engine.scoring import LabelScorer
 
-STEP = 0.05
+STEPS = (0.05, 0.025)  # the second since the best threshold may be as low as 0.15
 
 
-def climb(score: Callable[[float], float], start: float, step: float = STEP) -> dict[float, float]:
-    """`score` at `start` and at thresholds a `step` apart from it, downwards as long as it rises, else upwards."""
-    scores = {start: score(start)}
-    for direction in (-1, 1):
-        best = start
-        while 0 < (then := round(best + direction * step, 6)) < 1:
-            scores[then] = score(then)
-            if scores[then] <= scores[best]:
+def climb(
+    score: Callable[[float], float], start: float, steps: Sequence[float] = STEPS
+) -> dict[float, float]:
+    """`score` at `start` and at thresholds a step apart from it, downwards as long as it rises, else upwards; then from
+    the best of them with the next step."""
+    best, scores = start, {start: score(start)}
+    for step in steps:
+        begin = best
+        for direction in (-1, 1):
+            while 0 < (then := round(best + direction * step, 6)) < 1:
+                if then not in scores:
+                    scores[then] = score(then)
+                if scores[then] <= scores[best]:
+                    break
+                best = then
+            if best != begin:
                 break
-            best = then
-        if best != start:
-            break
     return scores
 
 
@@ -65,7 +70,7 @@ def choose_threshold(
 
     def score(threshold: float) -> float:
         scorer = LabelScorer(len(folder.classes) + 1)
-        with log.progress(f"threshold {threshold:.2f}", len(own)) as bar:
+        with log.progress(f"threshold {threshold:.3f}", len(own)) as bar:
             for image_id, labels in zip(
                 own, over_images(lambda i: label(i, threshold), own, workers), strict=True
             ):
@@ -78,8 +83,8 @@ def choose_threshold(
     scores = climb(score, start)
     best = max(sorted(scores), key=scores.__getitem__)
     log.say(
-        f"threshold {best:.2f}: the labels of {len(scored)} training images have an mIoU of {scores[best]:.1f}, "
-        f"{scores[start]:.1f} at the CAMs' own, {start:.2f}"
+        f"threshold {best:.3f}: the labels of {len(scored)} training images have an mIoU of {scores[best]:.1f}, "
+        f"{scores[start]:.1f} at the CAMs' own, {start:.3f}"
     )
     if distributed.is_first():
         found = {

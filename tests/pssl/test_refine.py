@@ -218,8 +218,9 @@ def test_climbing_ends_on_the_peak(peak):
     scores = climb(score, 0.3)
     assert asked == list(scores) and len(set(asked)) == len(asked), "nothing is scored twice"
     best = max(scores, key=scores.get)
-    assert abs(best - peak) <= 0.05 and 0 < min(scores) and max(scores) < 1
-    assert all(round((threshold - 0.3) / 0.05, 6) % 1 == 0 for threshold in scores)
+    assert abs(best - peak) <= 0.025 and 0 < min(scores) and max(scores) < 1
+    assert all(round((threshold - 0.3) / 0.025, 6) % 1 == 0 for threshold in scores)
+    assert len(scores) <= abs(peak - 0.3) / 0.05 + 5, "the way there is gone in the larger steps"
 
 
 def test_the_threshold_is_that_of_the_best_labels(tiny_cams, tmp_path, quiet):
@@ -294,6 +295,37 @@ def test_stopped_run_carries_on(tiny_cams, tmp_path, quiet):
     )
     assert (broken.out / "affinity.state.pt").stat().st_mtime_ns == state, "affinities were trained again"
     assert not [path.name for path in broken.out.iterdir() if path.name.startswith(".")]
+
+
+def test_stopped_run_chooses_its_threshold_once(tiny_cams, tmp_path, quiet, monkeypatch):
+    """Stopped between the choice and the last label, it goes on with the threshold it had, asking no image again."""
+    config = tiny_refine(tiny_cams, tmp_path / "whole", "crf")
+    chosen = refine.run(config, quiet)["background"]
+    ids = VOCFolder(tiny_cams.root).ids("train")
+    expected = labels_of(config.out, ids)
+
+    broken = tiny_refine(tiny_cams, tmp_path / "broken", "crf")
+    broken.workers = 1
+    write, written = refine.write_label_png, itertools.count()
+
+    def stop(*arguments):
+        if next(written) == 5:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refine, "write_label_png", stop)
+        with pytest.raises(KeyboardInterrupt):
+            refine.run(broken, quiet)
+    assert len(list(broken.out.glob("*.png"))) == 5
+
+    refined = []
+    step = refine.crf_step
+    monkeypatch.setattr(refine, "crf_step", lambda *arguments: refined.append(1) or step(*arguments))
+    result = refine.run(broken, quiet)
+    assert (result["written"], result["kept"], result["background"]) == (11, 5, chosen)
+    assert len(refined) <= 11, "the threshold was chosen again"
+    assert labels_of(broken.out, ids) == expected
 
 
 def test_sharpness_is_the_readouts(tiny_cams, tmp_path, quiet):
