@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from pssl.engine.checkpoint import write_atomically
 from pssl.engine.distributed import is_first
 
 LOSS_COLUMNS = ("stage", "epoch", "step", "lr", "classification", "rcm", "mam", "seam", "ppc", "total")
+
+LINE_EVERY = 60.0  # seconds, where there is no terminal to draw a bar on
 
 
 class Log:
@@ -33,7 +36,7 @@ class Log:
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Bar]:
-        """A bar of `total` steps; where there is no terminal, one line at the end."""
+        """A bar of `total` steps; where there is no terminal, a line a minute and one at the end."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -81,12 +84,30 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
+        self._begin: tuple[float, float] | None = None  # when the first step was done, and how many were then
+        self._said = time.monotonic()
 
     def reach(self, count: int, note: str | None = None) -> None:
         """`count` steps are done in all; `note` stands beside the bar, None leaves what stood there."""
         fields = {} if note is None else {"note": note}
         self._progress.update(self._task, completed=count, **fields)
+        self._say()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more steps are done; `note` stands beside the bar."""
         self._progress.update(self._task, advance=count, note=note)
+        self._say()
+
+    def _say(self) -> None:
+        """Where there is no bar to see, how far it is, if a minute has gone since that was said."""
+        task, now = self._progress.tasks[self._task], time.monotonic()
+        if self._begin is None:  # steps that were resumed are done in no time
+            self._begin = now, task.completed
+        console = self._progress.console
+        if console.is_terminal or task.completed >= task.total or now - self._said < LINE_EVERY:
+            return
+        self._said = now
+        gone, steps = now - self._begin[0], task.completed - self._begin[1]
+        left = f", {gone / steps * (task.total - task.completed):.0f} s left" if steps else ""
+        text = f"{task.description} {task.completed:.0f}/{task.total:.0f}  {task.fields['note']}".rstrip()
+        console.print(f"{text}{left}", highlight=False, soft_wrap=True)
