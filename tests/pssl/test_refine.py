@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from PIL import Image
+from refining import labels_of, tiny_refine
 
 from pssl import refine
 from pssl.data import VOCFolder, voc_palette
@@ -18,10 +19,7 @@ from pssl.data.voc import read_label_png
 from pssl.engine import claim as claims
 from pssl.engine import distributed
 from pssl.engine.cam_files import read_cams, write_cams
-from pssl.engine.checkpoint import load_weights
-from pssl.engine.label_threshold import climb
 from pssl.engine.parallel import over_images
-from pssl.engine.scoring import LabelScorer
 from pssl.method.affinity import AffinityHead, affinity_losses
 from pssl.method.pseudo_labels import (
     best_regions,
@@ -35,21 +33,6 @@ from pssl.method.pseudo_labels import (
 )
 from pssl.method.settings import CRFConfig, PARConfig, RefineSettings
 from pssl_ext import dense_crf, pixel_refine, random_walk
-
-
-def tiny_refine(tiny_cams, out, method="none", **more) -> refine.RefineConfig:
-    """The command with few iterations and a short training of affinities."""
-    config = refine.RefineConfig(
-        method=method, cams=tiny_cams.train, data=tiny_cams.data, out=out, workers=2, **more
-    )
-    config.crf.iterations, config.par.iterations, config.par.dilations = 2, 2, (1, 2)
-    config.affinity.epochs, config.affinity.dim, config.affinity.log2_steps = 1, 4, 3
-    config.affinity.scale, config.affinity.radius = 1.0, 3
-    return config
-
-
-def labels_of(folder, ids) -> dict[str, bytes]:
-    return {image_id: (folder / f"{image_id}.png").read_bytes() for image_id in ids}
 
 
 @pytest.fixture
@@ -207,60 +190,6 @@ def test_labels_are_what_the_steps_make(tiny_cams, tmp_path, quiet):
             assert np.array_equal(found, expected.numpy()), (out, image_id)
 
 
-@pytest.mark.parametrize("peak", [0.2, 0.3, 0.52, 0.01, 0.99])
-def test_climbing_ends_on_the_peak(peak):
-    asked = []
-
-    def score(threshold):
-        asked.append(threshold)
-        return -abs(threshold - peak)
-
-    scores = climb(score, 0.3)
-    assert asked == list(scores) and len(set(asked)) == len(asked), "nothing is scored twice"
-    best = max(scores, key=scores.get)
-    assert abs(best - peak) <= 0.025 and 0 < min(scores) and max(scores) < 1
-    assert all(round((threshold - 0.3) / 0.025, 6) % 1 == 0 for threshold in scores)
-    assert len(scores) <= abs(peak - 0.3) / 0.05 + 5, "the way there is gone in the larger steps"
-
-
-def test_the_threshold_is_that_of_the_best_labels(tiny_cams, tmp_path, quiet):
-    """Of those tried none gives the training images better labels, and the labels are those at it."""
-    own = load_weights(tiny_cams.checkpoint)[1]["thresholds"]["cam"]
-    config = tiny_refine(tiny_cams, tmp_path / "chosen", "crf")
-    chosen = refine.run(config, quiet)["background"]
-    kept = json.loads((config.out / "threshold.json").read_text())
-    assert kept["threshold"] == chosen["threshold"] and len(kept["miou"]) >= 2 and str(own) in kept["miou"]
-    folder = VOCFolder(tiny_cams.root)
-    ids = folder.ids("train")
-    for threshold, miou in kept["miou"].items():
-        given = tiny_refine(tiny_cams, tmp_path / threshold, "crf", threshold=float(threshold))
-        assert refine.run(given, quiet)["background"]["chosen_by"] == "given"
-        scorer = LabelScorer(len(folder.classes) + 1)
-        for image_id in ids:
-            scorer.add(
-                read_label_png(given.out / f"{image_id}.png", len(folder.classes)), folder.mask(image_id)
-            )
-        assert scorer.result().summary(("background", *folder.classes), "missed")["miou"] == miou
-        if float(threshold) == chosen["threshold"]:
-            assert labels_of(given.out, ids) == labels_of(config.out, ids)
-    assert kept["miou"][str(chosen["threshold"])] == max(kept["miou"].values())
-    carried_on = tiny_refine(tiny_cams, tmp_path / "chosen", "crf")
-    assert refine.run(carried_on, quiet)["background"] == chosen
-
-
-def test_masks_of_other_images_choose_no_threshold(tiny_cams, tmp_path, quiet):
-    own = load_weights(tiny_cams.checkpoint)[1]["thresholds"]["cam"]
-    expected = {"threshold": own, "power": None, "chosen_by": "CAMs"}
-    held = tiny_refine(tiny_cams, tmp_path / "val", "crf", split="val")
-    held.cams = tiny_cams.val
-    assert refine.run(held, quiet)["background"] == expected
-    without = tiny_refine(tiny_cams, tmp_path / "none", "crf", threshold_images=0)
-    assert refine.run(without, quiet)["background"] == expected
-    assert not (held.out / "threshold.json").exists() and not (without.out / "threshold.json").exists()
-    with pytest.raises(ValueError, match="threshold_images: expected 0 or more, got -1"):
-        RefineSettings(threshold_images=-1)
-
-
 def test_stopped_run_carries_on(tiny_cams, tmp_path, quiet):
     """A run that broke off in the middle leaves whole files only, and the next one makes just what is missing."""
     whole = tiny_refine(tiny_cams, tmp_path / "whole", "affinity", threshold=0.4)
@@ -295,37 +224,6 @@ def test_stopped_run_carries_on(tiny_cams, tmp_path, quiet):
     )
     assert (broken.out / "affinity.state.pt").stat().st_mtime_ns == state, "affinities were trained again"
     assert not [path.name for path in broken.out.iterdir() if path.name.startswith(".")]
-
-
-def test_stopped_run_chooses_its_threshold_once(tiny_cams, tmp_path, quiet, monkeypatch):
-    """Stopped between the choice and the last label, it goes on with the threshold it had, asking no image again."""
-    config = tiny_refine(tiny_cams, tmp_path / "whole", "crf")
-    chosen = refine.run(config, quiet)["background"]
-    ids = VOCFolder(tiny_cams.root).ids("train")
-    expected = labels_of(config.out, ids)
-
-    broken = tiny_refine(tiny_cams, tmp_path / "broken", "crf")
-    broken.workers = 1
-    write, written = refine.write_label_png, itertools.count()
-
-    def stop(*arguments):
-        if next(written) == 5:
-            raise KeyboardInterrupt
-        write(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(refine, "write_label_png", stop)
-        with pytest.raises(KeyboardInterrupt):
-            refine.run(broken, quiet)
-    assert len(list(broken.out.glob("*.png"))) == 5
-
-    refined = []
-    step = refine.crf_step
-    monkeypatch.setattr(refine, "crf_step", lambda *arguments: refined.append(1) or step(*arguments))
-    result = refine.run(broken, quiet)
-    assert (result["written"], result["kept"], result["background"]) == (11, 5, chosen)
-    assert len(refined) <= 11, "the threshold was chosen again"
-    assert labels_of(broken.out, ids) == expected
 
 
 def test_sharpness_is_the_readouts(tiny_cams, tmp_path, quiet):
