@@ -33,12 +33,6 @@ auto logits_of(const T* z, int64_t stride, Vec<T> inverse) {
   return [=](int64_t c) { return load<T>(z + c * stride) * inverse; };
 }
 
-// Writes the first n lanes.
-template <class T>
-void store_part(T* out, Vec<T> v, int64_t n) {
-  std::memcpy(out, &v, n * sizeof(T));
-}
-
 // The label grid in blocks: for each row of cells the label rows below it, a few at a time, and each block through
 // these rows. `make_body()` gives each thread a functor with row(b, y, x, n, at, block view, fraction), for the pixels
 // read to the places [at, at + n), and flush(block, b, y0) after a block's rows.
@@ -76,7 +70,6 @@ std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
   const T eps = T(p.eps);
   Tensor loss = new_tensor({f.B, H, W}, scalar_type_of<T>), total = new_tensor({}, scalar_type_of<T>);
   T* out = loss.numel() > 0 ? loss.mutable_data_ptr<T>() : nullptr;
-  auto vectors = [&](int64_t b) { return classes.vectors(b); };
   LabelCheck check;
   Buffer<double> counted;
   int64_t parts = 0;
@@ -91,7 +84,7 @@ std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
         pixels.reserve(tile);
         pixels.read(t.b, t.y, t.x, t.n);
         tile_squares(t.f, t.ld, padded, f.D, squares.get());
-        plane_dots(t.f, t.ld, padded, f.D, vectors(t.b), cp, C, z.get(), ldz);
+        plane_dots(t.f, t.ld, padded, f.D, classes.in_groups(t.b), C, z.get(), ldz);
         for (int64_t i = 0; i < t.n; i += kLanes<T>) {
           const int64_t n = std::min<int64_t>(kLanes<T>, t.n - i);
           const LaneSoftmax<T> softmax(logits_of(&z[i], ldz, inverse_norms(&squares[i], eps)), &z[i], nullptr,
@@ -103,7 +96,7 @@ std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
       };
     });
   } else {
-    const PlaneMaps<T> maps(f, C, cp, vectors);
+    const PlaneMaps<T> maps(f, C, [&](int64_t b) { return classes.in_groups(b); });
     counted.reset(parts = f.B * f.h, true);
     struct Body {
       Pixels<T> pixels;
@@ -174,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
         pixels.reserve(tile);
         pixels.read(t.b, t.y, t.x, t.n);
         tile_squares(t.f, t.ld, padded, f.D, squares.get());
-        plane_dots(t.f, t.ld, padded, f.D, vectors(t.b), cp, C, z.get(), ldz);
+        plane_dots(t.f, t.ld, padded, f.D, classes.in_groups(t.b), C, z.get(), ldz);
         for (int64_t i = 0; i < t.n; i += kLanes<T>) {
           const int64_t n = std::min<int64_t>(kLanes<T>, t.n - i);
           const Vec<T> a = load<T>(&pixels.gradients[i]) * load<T>(&pixels.weights[i]);
@@ -194,12 +187,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
         }
         if (!needs[0]) return;
         const std::vector<Neighbour<T>> self{{t.f, norm.get()}};
-        tile_combine(vectors(t.b), cp, C, f.D, z.get(), ldz, self, result.get(), t.ld, padded);
-        unpack_row(result.get(), t.ld, out, t.b, t.y, t.x, t.n);
+        write_row(out, t.b, t.y, t.x, t.n, result.get(), t.ld, [&](T* o, int64_t ldo) {
+          tile_combine(vectors(t.b), cp, C, f.D, z.get(), ldz, self, t.ld, o, ldo, t.n);
+        });
       };
     });
   } else {
-    const PlaneMaps<T> maps(f, C, cp, vectors);
+    const PlaneMaps<T> maps(f, C, [&](int64_t b) { return classes.in_groups(b); });
     auto adjoint = CellAdjoint<T>::planes(f.B, C, f.h, f.w, maps.row);
     using WriteWeights = decltype(write_weights);
     struct Body {

@@ -83,8 +83,9 @@ void backward_labels(const Backward<T>& to, const Buffer<T>& q) {
       }
       if (!to.features) return;
       t.each_channels([&](int64_t d, int64_t n) {
-        own.gradient(t.f + d * t.ld, t.ld, n, vectors + d, f.D, along.get(), back.get(), result.get());
-        unpack_row(result.get(), t.ld, to.out.channels(d, n), t.b, t.y, t.x, t.n);
+        write_row(to.out.channels(d, n), t.b, t.y, t.x, t.n, result.get(), t.ld, [&](T* o, int64_t ldo) {
+          own.gradient(t.f + d * t.ld, t.ld, n, vectors + d, f.D, along.get(), back.get(), o, ldo);
+        });
       });
     };
   });
@@ -120,8 +121,9 @@ void backward_masks(const Backward<T>& to, const Buffer<T>& q) {
       if (!to.features) return;
       std::vector<Neighbour<T>> self;
       if (p.normalize) self.push_back({t.f, norm.get()});
-      tile_combine(vectors, cp, C, f.D, gt.get(), ldg, self, result.get(), t.ld, padded);
-      unpack_row(result.get(), t.ld, to.out, t.b, t.y, t.x, t.n);
+      write_row(to.out, t.b, t.y, t.x, t.n, result.get(), t.ld, [&](T* o, int64_t ldo) {
+        tile_combine(vectors, cp, C, f.D, gt.get(), ldg, self, t.ld, o, ldo, t.n);
+      });
     };
   });
 }

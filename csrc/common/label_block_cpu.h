@@ -52,14 +52,15 @@ struct PlaneMaps {
   Buffer<T> dots;    // [B,C,h,row]
   GramMaps<T> gram;  // [B,h,row]
 
+  // vectors(b): of image b, as group_classes leaves them
   template <class Vectors>
-  PlaneMaps(const FeatureView& f, int64_t C, int64_t ldq, const Vectors& vectors)
+  PlaneMaps(const FeatureView& f, int64_t C, const Vectors& vectors)
       : C(C), h(f.h), row(map_row<T>(f.w)), dots(f.B * C * f.h * row, true) {
     gram.reset(f.B * h * row, true);
     cell_pass<T>(f, &gram, row, [&](int64_t b, int64_t y, int64_t x, int64_t n, const T* packed, int64_t ld) {
       const int64_t padded = round_up(n, kLanes<T>);
       Buffer<T> z(C * padded);
-      plane_dots(packed, ld, padded, f.D, vectors(b), ldq, C, z.get(), padded);
+      plane_dots(packed, ld, padded, f.D, vectors(b), C, z.get(), padded);
       for (int64_t c = 0; c < C; ++c) std::copy_n(&z[c * padded], n, &dots[((b * C + c) * h + y) * row + x]);
     });
   }

@@ -21,7 +21,7 @@ class OwnClasses {
 
   // The labels of a tile's n pixels, -1 for none.
   void find(const int64_t* labels, int64_t n) {
-    padded_ = round_up(n, kLanes<T>);
+    n_ = n, padded_ = round_up(n, kLanes<T>);
     parts_.clear();
     heads_.clear();
     std::fill(last_.begin(), last_.end(), int64_t(-1));
@@ -76,9 +76,9 @@ class OwnClasses {
     });
   }
 
-  // o[d][p] = a[p] q[label(p)][d] + b[p] f[d][p], without f where b[p] is 0; o and f share `ld`.
+  // o[d][p] = a[p] q[label(p)][d] + b[p] f[d][p], without f where b[p] is 0; o's rows are ldo apart.
   PSSL_NOINLINE void gradient(const T* f, int64_t ld, int64_t D, const T* q, int64_t ldq, const T* a,
-                              const T* b, T* o) const {
+                              const T* b, T* o, int64_t ldo) const {
     rows_of(D, [&](auto rows, int64_t d) {
       constexpr int N = decltype(rows)::value;
       for (int64_t p = 0; p < padded_; p += kLanes<T>) {
@@ -86,9 +86,15 @@ class OwnClasses {
         vectors<N>(p, q + d, ldq, own);
         const Vec<T> along = load<T>(a + p), back = load<T>(b + p);
         const Lanes<T> any = back != T(0);
+        auto value = [&](int i) {
+          return along * own[i] + back * keep<T>(load<T>(f + (d + i) * ld + p), any);
+        };
+        if (p + kLanes<T> <= n_) {
 #pragma GCC unroll 8
-        for (int i = 0; i < N; ++i)
-          store<T>(o + (d + i) * ld + p, along * own[i] + back * keep<T>(load<T>(f + (d + i) * ld + p), any));
+          for (int i = 0; i < N; ++i) store<T>(o + (d + i) * ldo + p, value(i));
+        } else {
+          for (int i = 0; i < N; ++i) store_part<T>(o + (d + i) * ldo + p, value(i), n_ - p);
+        }
       }
     });
   }
@@ -136,7 +142,7 @@ class OwnClasses {
     }
   }
 
-  int64_t padded_ = 0;
+  int64_t n_ = 0, padded_ = 0;
   std::vector<Part> parts_;     // in the order of the pixels
   std::vector<int64_t> heads_;  // the first part of each class that occurs
   Buffer<int64_t> first_;       // [vectors + 1] the first part of each vector

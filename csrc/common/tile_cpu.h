@@ -100,6 +100,17 @@ void unpack_row(const T* in, int64_t ld, const FeatureView& f, int64_t b, int64_
   with_floating(f.type, [&](auto zero) { unpack_row_of<T, decltype(zero)>(in, ld, f, b, y, x, n); });
 }
 
+// Has write(o, ldo) write pixels [x, x + n) of row y as o[d][0..n), rows ldo apart: where they belong if they lie there
+// side by side in this type, else into `room`, [D][ld], and from there to their places.
+template <class T, class Write>
+void write_row(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n, T* room, int64_t ld,
+               const Write& write) {
+  if (f.type == scalar_type_of<T> && f.sx == 1)
+    return write(static_cast<T*>(f.data) + b * f.sb + y * f.sy + x, f.sd);
+  write(room, ld);
+  unpack_row(room, ld, f, b, y, x, n);
+}
+
 // Calls body(integral_constant V, first column) for blocks of V vectors that cover `cp` columns.
 template <class T, class F>
 void for_class_blocks(int64_t cp, const F& body) {
@@ -142,15 +153,34 @@ PSSL_NOINLINE void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, 
   });
 }
 
-// z[c][p] = sum_d f[d][p] q[d][c] for c < C and p < pixels (a multiple of the vector length): a plane a class, so that a
-// vector holds one class of several pixels. q is [D][ldq].
+// plane_dots takes classes in as few groups of at most kClassGroup as there can be, of nearly equal size: f(c, n) for each
+// group of classes [c, c + n).
+constexpr int64_t kClassGroup = 6;
+template <class F>
+void for_class_groups(int64_t C, const F& f) {
+  const int64_t groups = (C + kClassGroup - 1) / kClassGroup;
+  for (int64_t i = 0; i < groups; ++i) f(C * i / groups, C * (i + 1) / groups - C * i / groups);
+}
+
+// Class vectors q [D][ldq] group by group, each [D][n]: read in one go, and short enough to stay in the first-level cache
+// beside the pixels' features. `out` holds D · C.
 template <class T>
-PSSL_NOINLINE void plane_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t ldq,
-                              int64_t C, T* z, int64_t ldz) {
-  constexpr int kWide = kVecRegisters >= 32 ? 4 : 2, kRows = 6;  // kWide · kRows sums, kWide features, one q
+void group_classes(const T* q, int64_t ldq, int64_t D, int64_t C, T* out) {
+  for_class_groups(C, [&](int64_t c, int64_t n) {
+    for (int64_t d = 0; d < D; ++d, out += n) std::copy_n(q + d * ldq + c, n, out);
+  });
+}
+
+// z[c][p] = sum_d f[d][p] q[d][c] for c < C and p < pixels (a multiple of the vector length): a plane a class, so that a
+// vector holds one class of several pixels. q as group_classes leaves it.
+template <class T>
+PSSL_NOINLINE void plane_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t C, T* z,
+                              int64_t ldz) {
+  constexpr int kWide = kVecRegisters >= 32 ? 4 : 2;  // kWide · kClassGroup sums, kWide features, one q
   auto block = [&](auto rows, auto vectors, int64_t c, int64_t p) {
     constexpr int R = decltype(rows)::value;
     constexpr int V = decltype(vectors)::value;
+    const T* own = q + D * c;
     Vec<T> sum[R][V] = {};
     for (int64_t d = 0; d < D; ++d) {
       Vec<T> k[V];
@@ -159,7 +189,7 @@ PSSL_NOINLINE void plane_dots(const T* f, int64_t ld, int64_t pixels, int64_t D,
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[i][v] += q[d * ldq + c + i] * k[v];
+        for (int v = 0; v < V; ++v) sum[i][v] += own[d * R + i] * k[v];
     }
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
@@ -167,30 +197,22 @@ PSSL_NOINLINE void plane_dots(const T* f, int64_t ld, int64_t pixels, int64_t D,
       for (int v = 0; v < V; ++v) store<T>(z + (c + i) * ldz + p + v * kLanes<T>, sum[i][v]);
   };
   auto classes = [&](auto vectors, int64_t p) {
-    // as few groups of classes as kRows allows, of nearly equal size
-    const int64_t groups = (C + kRows - 1) / kRows;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t c = C * group / groups;
-      switch (C * (group + 1) / groups - c) {
+    for_class_groups(C, [&](int64_t c, int64_t n) {
+      switch (n) {
         case 6:
-          block(std::integral_constant<int, 6>{}, vectors, c, p);
-          break;
+          return block(std::integral_constant<int, 6>{}, vectors, c, p);
         case 5:
-          block(std::integral_constant<int, 5>{}, vectors, c, p);
-          break;
+          return block(std::integral_constant<int, 5>{}, vectors, c, p);
         case 4:
-          block(std::integral_constant<int, 4>{}, vectors, c, p);
-          break;
+          return block(std::integral_constant<int, 4>{}, vectors, c, p);
         case 3:
-          block(std::integral_constant<int, 3>{}, vectors, c, p);
-          break;
+          return block(std::integral_constant<int, 3>{}, vectors, c, p);
         case 2:
-          block(std::integral_constant<int, 2>{}, vectors, c, p);
-          break;
+          return block(std::integral_constant<int, 2>{}, vectors, c, p);
         default:
-          block(std::integral_constant<int, 1>{}, vectors, c, p);
+          return block(std::integral_constant<int, 1>{}, vectors, c, p);
       }
-    }
+    });
   };
   int64_t p = 0;
   for (; p + kWide * kLanes<T> <= pixels; p += kWide * kLanes<T>)
@@ -241,13 +263,13 @@ struct Neighbour {
   const T* coefficient;
 };
 
-// o[d][p] = sum_{c<C} q[d][c] gt[c][p] + sum_k neighbours[k].coefficient[p] neighbours[k].feature[d][p],
-// p < pixels (a multiple of the vector length). gt is [C][ldg], o and the features share `ld`.
+// o[d][p] = sum_{c<C} q[d][c] gt[c][p] + sum_k neighbours[k].coefficient[p] neighbours[k].feature[d][p], p < n. gt is
+// [C][ldg], the features are `ld` apart; both, and the coefficients, can be read to the end of the last vector.
 template <class T>
 PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, const T* gt, int64_t ldg,
-                                const std::vector<Neighbour<T>>& neighbours, T* o, int64_t ld,
-                                int64_t pixels) {
-  constexpr int N = 4;  // rows of D at once
+                                const std::vector<Neighbour<T>>& neighbours, int64_t ld, T* o, int64_t ldo,
+                                int64_t n) {
+  constexpr int N = 6;  // rows of D at once
   auto block = [&](auto rows, auto vectors, int64_t d, int64_t p) {
     constexpr int R = decltype(rows)::value;
     constexpr int V = decltype(vectors)::value;
@@ -256,7 +278,7 @@ PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, co
       Vec<T> g[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) g[v] = load<T>(gt + c * ldg + p + v * kLanes<T>);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[i][v] += q[(d + i) * cp + c] * g[v];
@@ -265,7 +287,7 @@ PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, co
       Vec<T> g[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) g[v] = load<T>(k.coefficient + p + v * kLanes<T>);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
@@ -274,17 +296,24 @@ PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, co
           sum[i][v] += g[v] != T(0) ? g[v] * f : Vec<T>{};
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store<T>(o + (d + i) * ld + p + v * kLanes<T>, sum[i][v]);
+      for (int v = 0; v < V; ++v) {
+        T* to = o + (d + i) * ldo + p + v * kLanes<T>;
+        if (V > 1 || p + kLanes<T> <= n) {
+          store<T>(to, sum[i][v]);
+        } else {
+          store_part<T>(to, sum[i][v], n - p);
+        }
+      }
   };
   constexpr int kWide = kVecRegisters >= 32 ? 4 : 2;
   auto columns = [&](auto rows, int64_t d) {
     int64_t p = 0;
-    for (; p + kWide * kLanes<T> <= pixels; p += kWide * kLanes<T>)
+    for (; p + kWide * kLanes<T> <= n; p += kWide * kLanes<T>)
       block(rows, std::integral_constant<int, kWide>{}, d, p);
-    for (; p < pixels; p += kLanes<T>) block(rows, std::integral_constant<int, 1>{}, d, p);
+    for (; p < n; p += kLanes<T>) block(rows, std::integral_constant<int, 1>{}, d, p);
   };
   int64_t d = 0;
   for (; d + N <= D; d += N) columns(std::integral_constant<int, N>{}, d);

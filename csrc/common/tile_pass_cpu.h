@@ -148,8 +148,9 @@ void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, cons
               neighbours.push_back({row + dx, &coefficients[(dy * 3 + dx) * ldg]});
           }
         }
-        tile_combine(vectors(b), cp, C, f.D, gt.get(), ldg, neighbours, result.get(), ld, padded);
-        unpack_row(result.get(), ld, out, b, y, x, n);
+        write_row(out, b, y, x, n, result.get(), ld, [&](T* o, int64_t ldo) {
+          tile_combine(vectors(b), cp, C, f.D, gt.get(), ldg, neighbours, ld, o, ldo, n);
+        });
       }
     }
   });

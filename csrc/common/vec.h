@@ -51,6 +51,12 @@ inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// The first n lanes.
+template <class T>
+inline void store_part(T* p, Vec<T> v, int64_t n) {
+  std::memcpy(p, &v, n * sizeof(T));
+}
+
 template <class T>
 inline Lanes<T> load_lanes(const BitsOf<T>* p) {
   Lanes<T> v;
