@@ -86,15 +86,10 @@ class OwnClasses {
         vectors<N>(p, q + d, ldq, own);
         const Vec<T> along = load<T>(a + p), back = load<T>(b + p);
         const Lanes<T> any = back != T(0);
-        auto value = [&](int i) {
-          return along * own[i] + back * keep<T>(load<T>(f + (d + i) * ld + p), any);
-        };
-        if (p + kLanes<T> <= n_) {
 #pragma GCC unroll 8
-          for (int i = 0; i < N; ++i) store<T>(o + (d + i) * ldo + p, value(i));
-        } else {
-          for (int i = 0; i < N; ++i) store_part<T>(o + (d + i) * ldo + p, value(i), n_ - p);
-        }
+        for (int i = 0; i < N; ++i)
+          store_part<T>(o + (d + i) * ldo + p,
+                        along * own[i] + back * keep<T>(load<T>(f + (d + i) * ld + p), any), n_ - p);
       }
     });
   }

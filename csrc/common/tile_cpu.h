@@ -299,14 +299,8 @@ PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, co
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        T* to = o + (d + i) * ldo + p + v * kLanes<T>;
-        if (V > 1 || p + kLanes<T> <= n) {
-          store<T>(to, sum[i][v]);
-        } else {
-          store_part<T>(to, sum[i][v], n - p);
-        }
-      }
+      for (int v = 0; v < V; ++v)
+        store_part<T>(o + (d + i) * ldo + p + v * kLanes<T>, sum[i][v], n - p - v * kLanes<T>);
   };
   constexpr int kWide = kVecRegisters >= 32 ? 4 : 2;
   auto columns = [&](auto rows, int64_t d) {

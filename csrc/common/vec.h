@@ -51,9 +51,10 @@ inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// The first n lanes.
+// The first n lanes; all of them where n is larger.
 template <class T>
 inline void store_part(T* p, Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>) return store<T>(p, v);
   std::memcpy(p, &v, n * sizeof(T));
 }
 
