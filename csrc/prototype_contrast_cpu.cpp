@@ -42,10 +42,10 @@ void label_pass(const Problem& p, const FeatureView& f, const PlaneMaps<T>& maps
   const Axis<T> ys(f.h, p.H(), p.align_corners), xs(f.w, p.W(), p.align_corners);
   const std::vector<LabelBlock<T>> blocks = label_blocks<T>(xs);
   const int64_t W = p.W();
-  torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(f.B * f.h, [&] {
     auto body = make_body();
     body.pixels.reserve(kRows * W);
-    for (int64_t task = begin; task < end; ++task) {
+    return [&, body = std::move(body)](int64_t task) mutable {
       const int64_t b = task / f.h, y0 = task % f.h;
       for (int64_t first = ys.begin[y0]; first < ys.begin[y0 + 1]; first += kRows) {
         const int64_t last = std::min(first + kRows, ys.begin[y0 + 1]);
@@ -58,7 +58,7 @@ void label_pass(const Problem& p, const FeatureView& f, const PlaneMaps<T>& maps
           body.flush(block, b, y0);
         }
       }
-    }
+    };
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/label_grid_cpu.h"
+#include "common/tasks_cpu.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
@@ -52,17 +53,15 @@ Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& mak
   const int64_t wanted = (63 + f.B) / std::max<int64_t>(1, f.B);
   const int64_t chunks = std::max<int64_t>(1, std::min({tiles, wanted, fits}));
   Buffer<T> partial(f.B * chunks * size, true);
-  torch::stable::parallel_for(0, f.B * chunks, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> packed(f.D * ld);
-    auto body = make_body();
-    for (int64_t task = begin; task < end; ++task) {
+  share_tasks(f.B * chunks, [&] {
+    return [&, packed = Buffer<T>(f.D * ld), body = make_body()](int64_t task) mutable {
       const int64_t b = task / chunks, chunk = task % chunks;
       for (int64_t i = tiles * chunk / chunks; i < tiles * (chunk + 1) / chunks; ++i) {
         const int64_t y = i / per_row, x = i % per_row * tile, n = std::min(tile, f.w - x);
         Tile<T> t{f, b, y, x, n, b * tiles + i, packed.get(), ld, nullptr, nullptr, 0};
         body(t, &partial[task * size]);
       }
-    }
+    };
   });
   Buffer<T> total(f.B * size, true);
   torch::stable::parallel_for(0, f.B, 1, [&](int64_t begin, int64_t end) {
