@@ -11,6 +11,7 @@
 #include "cam_compare.h"
 #include "common/image_classes.h"
 #include "common/resize_cpu.h"
+#include "common/tasks_cpu.h"
 
 namespace {
 
@@ -184,12 +185,11 @@ Tensor cam_compare_cpu(const std::vector<Tensor>& main, const std::vector<Tensor
     T* out = sums.mutable_data_ptr<T>();
     std::fill_n(out, sums.numel(), T(0));
     const auto pairs = present_pairs(image_labels);
-    torch::stable::parallel_for(0, pairs.size(), 1, [&](int64_t begin, int64_t end) {
-      ClassRows<T> rows(maps);
-      for (int64_t i = begin; i < end; ++i) {
+    share_tasks(int64_t(pairs.size()), [&] {
+      return [&, rows = ClassRows<T>(maps)](int64_t i) mutable {
         rows.choose(pairs[i].first, pairs[i].second, cosine);
         out[pairs[i].first * K + pairs[i].second] = T(rows.loss());
-      }
+      };
     });
     return sums;
   });
@@ -218,10 +218,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> cam_compare_backward_cpu(
     using T = decltype(zero);
     const Maps<T> maps(main, support, height, width);
     const auto pairs = present_pairs(image_labels);
-    torch::stable::parallel_for(0, pairs.size(), 1, [&](int64_t begin, int64_t end) {
-      ClassRows<T> rows(maps);
-      Buffer<T> cells(maps.cells);
-      for (int64_t i = begin; i < end; ++i) {
+    share_tasks(int64_t(pairs.size()), [&] {
+      return [&, rows = ClassRows<T>(maps), cells = Buffer<T>(maps.cells)](int64_t i) mutable {
         const auto [b, k] = pairs[i];
         T grad;
         read_elements(*grad_sums, b * grad_sums->stride(0) + k * grad_sums->stride(1), 1, 1, &grad);
@@ -233,7 +231,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> cam_compare_backward_cpu(
           for (int64_t y = 0; y < plane.h; ++y)
             unpack_row(&cells[maps.first_cell[j] + y * plane.w], plane.w, plane, 0, y, 0, plane.w);
         }
-      }
+      };
     });
   });
   return {grad_main, grad_support};

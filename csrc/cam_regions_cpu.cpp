@@ -5,6 +5,7 @@
 #include "cam_regions.h"
 #include "common/image_classes.h"
 #include "common/resize_cpu.h"
+#include "common/tasks_cpu.h"
 
 namespace {
 
@@ -55,10 +56,10 @@ class Regions {
   template <class F>
   void each_row(const F& f) {
     const int64_t tasks = int64_t(present_.size()) * tasks_.count;
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      Scratch scratch(scratch_, W_);
-      for (int64_t task = begin; task < end; ++task)
+    share_tasks(tasks, [&] {
+      return [&, scratch = Scratch(scratch_, W_)](int64_t task) mutable {
         tasks_.each_row(task % tasks_.count, [&](int64_t y) { f(task / tasks_.count, task, y, scratch); });
+      };
     });
   }
   void sum_of_scales(int64_t b, int64_t k, int64_t y, Scratch& s) const {

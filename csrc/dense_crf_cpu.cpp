@@ -3,6 +3,7 @@
 // Splat, blur and slice are linear, S^T B S, and D = their answer to ones; with the weights in S scaled by D^-1/2 the
 // same three steps are the normalised kernel. An iteration is one pass over the tiles of the image: each pixel slices
 // its messages from the vertices, takes the softmax, and splats the result again, so that Q itself is never stored.
+#include "common/tasks_cpu.h"
 #include "dense_crf_lattice_cpu.h"
 
 namespace {
@@ -122,22 +123,22 @@ inline void softmax(Columns columns, const T* counts, T* q) {
 }
 
 // Few threads take a vector of classes of one kernel each, so that they need not wait for each other after every
-// direction of the blur; more share the vertices.
+// direction of the blur, the bilateral one's first, which take longer; more share the vertices.
 template <class T, class Columns>
 void filter(std::optional<Kernel<T, 2>>& gaussian, std::optional<Kernel<T, 5>>& bilateral, Columns columns) {
   constexpr std::integral_constant<int64_t, kLanes<T>> vector;
-  const int64_t threads = torch::stable::get_num_threads(), tasks = 2 * (columns / vector);
-  if (threads == 1 || threads > tasks) {
+  const int64_t threads = torch_threads(), vectors = columns / vector;
+  if (threads == 1 || threads > 2 * vectors) {
     if (gaussian) gaussian->filter(columns, 0, columns);
     if (bilateral) bilateral->filter(columns, 0, columns);
     return;
   }
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / 2 * vector;
-      if (task % 2 == 0 && gaussian) gaussian->filter(columns, first, vector);
-      if (task % 2 == 1 && bilateral) bilateral->filter(columns, first, vector);
-    }
+  share_tasks(2 * vectors, [&] {
+    return [&](int64_t task) {
+      const int64_t first = task % vectors * vector;
+      if (task < vectors && bilateral) bilateral->filter(columns, first, vector);
+      if (task >= vectors && gaussian) gaussian->filter(columns, first, vector);
+    };
   });
 }
 

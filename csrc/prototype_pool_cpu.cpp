@@ -28,13 +28,11 @@ void pool_label_grid(const PoolArguments& p, const FeatureView& f, LabelCheck& c
   CellMaps<T> maps = p.normalize ? cell_maps<T>(f, 0, no_vectors, true)
                                  : CellMaps<T>{f.B, f.h, f.w, 0, Buffer<T>(), {}, false};
   CellAdjoint<T> adjoint(f.B, f.h, f.w, cp);
-  torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
-    RowBlend<T> blend(f.w, 0);
-    RowAdjoint<T> row(f.w, cp);
-    Masks<T> masks(p, check);
-    Buffer<T> inverse(W);
-    std::fill_n(inverse.get(), W, T(1));
-    for (int64_t task = begin; task < end; ++task) {
+  share_tasks(f.B * f.h, [&] {
+    Buffer<T> ones(W);
+    std::fill_n(ones.get(), W, T(1));
+    return [&, blend = RowBlend<T>(f.w, 0), row = RowAdjoint<T>(f.w, cp), masks = Masks<T>(p, check),
+            inverse = std::move(ones)](int64_t task) mutable {
       const int64_t b = task / f.h, y0 = task % f.h;
       for (int64_t y = ys.begin[y0]; y < ys.begin[y0 + 1]; ++y) {
         masks.read(b, y, 0, W);
@@ -49,7 +47,7 @@ void pool_label_grid(const PoolArguments& p, const FeatureView& f, LabelCheck& c
           });
         row.flush(adjoint, b, y0, ys.fraction[y]);
       }
-    }
+    };
   });
   write_sums(adjoint_class_sums(f, adjoint, C), f.B, C, f.D, cp, sums.out);
 }
@@ -100,13 +98,11 @@ void backward_label_grid(const Backward<T>& to, const Buffer<T>& q) {
   const Axis<T> ys(f.h, p.H(), p.align_corners), xs(f.w, W, p.align_corners);
   const CellMaps<T> maps = cell_maps<T>(f, cp, vectors, p.normalize);
   CellAdjoint<T> adjoint(f.B, f.h, f.w, cp);
-  torch::stable::parallel_for(0, f.B * f.h, 1, [&](int64_t begin, int64_t end) {
-    RowBlend<T> blend(f.w, cp);
-    RowAdjoint<T> row(f.w, cp);
-    Masks<T> masks(p, to.check);
-    Buffer<T> inverse(W), z(cp);
-    std::fill_n(inverse.get(), W, T(1));
-    for (int64_t task = begin; task < end; ++task) {
+  share_tasks(f.B * f.h, [&] {
+    Buffer<T> ones(W);
+    std::fill_n(ones.get(), W, T(1));
+    return [&, blend = RowBlend<T>(f.w, cp), row = RowAdjoint<T>(f.w, cp), masks = Masks<T>(p, to.check),
+            inverse = std::move(ones), z = Buffer<T>(cp)](int64_t task) mutable {
       const int64_t b = task / f.h, y0 = task % f.h;
       for (int64_t y = ys.begin[y0]; y < ys.begin[y0 + 1]; ++y) {
         masks.read(b, y, 0, W);
@@ -125,7 +121,7 @@ void backward_label_grid(const Backward<T>& to, const Buffer<T>& q) {
         }
         row.flush(adjoint, b, y0, ys.fraction[y]);
       }
-    }
+    };
   });
   if (to.features) adjoint_feature_gradient(f, to.out, adjoint, C, vectors, p.normalize);
 }
