@@ -100,10 +100,11 @@ def _further_calls(once: dict[str, float], seconds: float) -> dict[str, int]:
     A quarter of the time of one call of each is always taken, so that the fast ones are never judged by a single call.
     """
     counts, left = {}, max(seconds, sum(once.values()) / 4)
+    even = left / len(once)
     for position, name in enumerate(sorted(once, key=once.get)):
         share = left / (len(once) - position)
         fit = int(share / once[name])
-        least = LEAST_CALLS - 1 if (LEAST_CALLS - 1) * once[name] <= 4 * share else 0
+        least = LEAST_CALLS - 1 if (LEAST_CALLS - 1) * once[name] <= 4 * even else 0
         counts[name] = min(max(fit, least), MOST_CALLS)
         left = max(left - counts[name] * once[name], 0.0)
     return counts

@@ -126,6 +126,11 @@ def test_what_fast_providers_leave_goes_to_slow_ones():
     assert alike == {"a": 5, "b": 5}
 
 
+def test_slow_providers_are_called_once_where_no_time_is_left():
+    late = measure._further_calls({"peers": 5.0, "compiled": 4.4, "eager": 2.8, "ours": 0.03}, -50.0)
+    assert late.pop("ours") >= measure.PARTS and set(late.values()) == {0}
+
+
 def test_inputs_rotate_beyond_the_cache():
     inputs = dict(x=torch.arange(1000.0), y=torch.arange(10))
     sets = measure.rotated(inputs, 50_000)
