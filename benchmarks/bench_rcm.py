@@ -108,11 +108,8 @@ def contrast_problem(size: Size, at: int | None = None) -> Problem:
     on_gpu = None if torch.device(size.device).type == "cuda" else "its kernels are for GPUs"
     lineup.add("peers", peers.contrast_materialised, compiled=True)
     if at is None:
-        exact = size.dtype == torch.float32
-        inexact = (
-            None if exact else "its gather adds up the prototypes' gradients in half precision: 10 % off"
-        )
-        lineup.add("ppc", peers.contrast_ppc, inexact)
+        rough = "its gather adds up the prototypes' gradients in half precision: 10 % off"
+        lineup.add("ppc", peers.contrast_ppc, None if size.dtype == torch.float32 else rough)
         old = None if hasattr(torch.nn.functional, "linear_cross_entropy") else "torch 2.13 and later have it"
         lineup.add("linear_cross_entropy", peers.contrast_linear_cross_entropy, old)
         lineup.add("liger", peers.contrast_liger, missing("liger_kernel", "liger-kernel") or on_gpu)

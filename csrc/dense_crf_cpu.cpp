@@ -127,7 +127,7 @@ inline void softmax(Columns columns, const T* counts, T* q) {
 template <class T, class Columns>
 void filter(std::optional<Kernel<T, 2>>& gaussian, std::optional<Kernel<T, 5>>& bilateral, Columns columns) {
   constexpr std::integral_constant<int64_t, kLanes<T>> vector;
-  const int64_t threads = torch_threads(), vectors = columns / vector;
+  const int64_t threads = torch::stable::get_num_threads(), vectors = columns / vector;
   if (threads == 1 || threads > 2 * vectors) {
     if (gaussian) gaussian->filter(columns, 0, columns);
     if (bilateral) bilateral->filter(columns, 0, columns);

@@ -5,7 +5,6 @@
 #include <atomic>
 
 #include "common/tensors.h"
-#include "common/threads.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
@@ -15,7 +14,7 @@ namespace pssl::PSSL_SIMD_NAMESPACE {
 template <class MakeWorker>
 void share_tasks(int64_t count, const MakeWorker& make_worker) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch_threads());
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     auto worker = make_worker();
     for (int64_t task = next++; task < count; task = next++) worker(task);
