@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor
 
 from pssl.engine.checkpoint import write_atomically
+
+# NumPy reads an array's header by ast.literal_eval. In Python up to 3.11.7 two threads that build syntax trees at once
+# may end in "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905: one counter for all
+# threads, and a collection of garbage in the middle lets another in), so files are read by one thread at a time.
+_one_parser = threading.Lock()
 
 
 def write_cams(folder: Path, image_id: str, cams: Tensor, class_ids: Tensor) -> Path:
@@ -30,7 +36,7 @@ def read_cams(folder: Path, image_id: str) -> tuple[Tensor, Tensor]:
     path = folder / f"{image_id}.npz"
     if not path.is_file():
         raise FileNotFoundError(f"CAMs: expected a file {path}, found none")
-    with np.load(path, allow_pickle=False) as arrays:
+    with _one_parser, np.load(path, allow_pickle=False) as arrays:
         missing = {"cams", "class_ids"} - set(arrays.files)
         if missing:
             raise ValueError(f"{path}: expected arrays 'cams' and 'class_ids', missing {sorted(missing)}")

@@ -1,5 +1,9 @@
 """Reading a network: multi-scale CAMs and the prototype readout against literal formulas; scores by hand."""
 
+import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +147,23 @@ def test_cam_files_round_trip_and_refuse(tmp_path):
     np.savez(tmp_path / "p.npz", cams=np.array([{}]), class_ids=np.zeros(1, np.uint8))
     with pytest.raises(ValueError, match="allow_pickle"):
         read_cams(tmp_path, "p")
+
+
+def test_cam_files_are_read_by_many_threads(tmp_path):
+    """A collection of garbage while NumPy parses a header lets the other threads in; none may see a SystemError."""
+    cams, ids = torch.rand(2, 5, 7).half(), torch.tensor([1, 20], dtype=torch.uint8)
+    write_cams(tmp_path, "x", cams, ids)
+    usual = gc.get_threshold()
+
+    def let_others_run(phase: str, info: dict) -> None:
+        time.sleep(0)
+
+    gc.callbacks.append(let_others_run)
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for again in threads.map(lambda _: read_cams(tmp_path, "x"), range(300)):
+                assert torch.equal(again[0], cams) and torch.equal(again[1], ids)
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(let_others_run)
