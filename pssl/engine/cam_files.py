@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pssl.engine.checkpoint import write_atomically
 
-# NumPy reads an array's header by ast.literal_eval. In Python up to 3.11.7 two threads that build syntax trees at once
-# may end in "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905: one counter for all
-# threads, and a collection of garbage in the middle lets another in), so files are read by one thread at a time.
+# NumPy reads an array's header by ast.literal_eval. In Python 3.11 (seen in 3.11.7, not in 3.10, 3.12 or 3.13) two
+# threads that build syntax trees at once may end in "SystemError: AST constructor recursion depth mismatch"
+# (python/cpython#106905: one counter for all threads, and a collection of garbage in the middle lets another in), so
+# files are read by one thread at a time: a millisecond or three each, little beside what is done with them.
 _one_parser = threading.Lock()
 
 
