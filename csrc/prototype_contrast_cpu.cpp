@@ -66,7 +66,7 @@ template <class T>
 std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
   auto f = FeatureView::of(p.features);
   const ClassVectors<T> classes(p);
-  const int64_t cp = classes.cp, C = classes.C, H = p.H(), W = p.W();
+  const int64_t C = classes.C, H = p.H(), W = p.W();
   const T eps = T(p.eps);
   Tensor loss = new_tensor({f.B, H, W}, scalar_type_of<T>), total = new_tensor({}, scalar_type_of<T>);
   T* out = loss.numel() > 0 ? loss.mutable_data_ptr<T>() : nullptr;
@@ -77,14 +77,12 @@ std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
     if (p.is_flat()) f = f.flat();
     counted.reset(parts = f.B * tile_count<T>(f), true);
     const int64_t tile = tile_pixels(f.D, sizeof(T)), ldz = tile_stride<T>(tile);
-    tile_pass<T>(f, cp, false, [&] {
+    sum_over_tiles<T>(f, 0, [&] {
       return [&, pixels = Pixels<T>(p, classes, nullptr, check), z = Buffer<T>(C * ldz),
-              squares = Buffer<T>(ldz)](Tile<T>& t) mutable {
-        const int64_t padded = round_up(t.n, kLanes<T>);
+              squares = Buffer<T>(ldz)](Tile<T>& t, T*) mutable {
         pixels.reserve(tile);
         pixels.read(t.b, t.y, t.x, t.n);
-        tile_squares(t.f, t.ld, padded, f.D, squares.get());
-        plane_dots(t.f, t.ld, padded, f.D, classes.in_groups(t.b), C, z.get(), ldz);
+        t.products(classes.vectors(t.b), classes.cp, C, z.get(), ldz, squares.get(), false);
         for (int64_t i = 0; i < t.n; i += kLanes<T>) {
           const int64_t n = std::min<int64_t>(kLanes<T>, t.n - i);
           const LaneSoftmax<T> softmax(logits_of(&z[i], ldz, inverse_norms(&squares[i], eps)), &z[i], nullptr,
@@ -96,7 +94,7 @@ std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
       };
     });
   } else {
-    const PlaneMaps<T> maps(f, C, [&](int64_t b) { return classes.in_groups(b); });
+    const PlaneMaps<T> maps(f, C, [&](int64_t b) { return classes.vectors(b); });
     counted.reset(parts = f.B * f.h, true);
     struct Body {
       Pixels<T> pixels;
@@ -159,15 +157,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
         p.is_flat() && (!grad_loss || is_flat_map(*grad_loss)) && (!needs[0] || is_flat_map(grad_features));
     if (flat) f = f.flat(), out = out.flat();
     const int64_t tile = tile_pixels(f.D, sizeof(T)), ldz = tile_stride<T>(tile);
-    sums = tile_pass<T>(f, cp, class_sums, [&] {
+    sums = sum_over_tiles<T>(f, class_sums ? f.D * cp : 0, [&] {
       return [&, pixels = Pixels<T>(p, classes, gradient, check), squares = Buffer<T>(ldz),
               z = Buffer<T>(C * ldz), logits = Buffer<T>(C * ldz), norm = Buffer<T>(ldz),
-              result = Buffer<T>(f.D * tile_stride<T>(tile))](Tile<T>& t) mutable {
-        const int64_t padded = round_up(t.n, kLanes<T>);
+              result = Buffer<T>(Tile<T>::kChannels * tile_stride<T>(tile))](Tile<T>& t, T* total) mutable {
         pixels.reserve(tile);
         pixels.read(t.b, t.y, t.x, t.n);
-        tile_squares(t.f, t.ld, padded, f.D, squares.get());
-        plane_dots(t.f, t.ld, padded, f.D, classes.in_groups(t.b), C, z.get(), ldz);
+        t.products(vectors(t.b), cp, C, z.get(), ldz, squares.get(), true, pixels.labels.get());
         for (int64_t i = 0; i < t.n; i += kLanes<T>) {
           const int64_t n = std::min<int64_t>(kLanes<T>, t.n - i);
           const Vec<T> a = load<T>(&pixels.gradients[i]) * load<T>(&pixels.weights[i]);
@@ -177,23 +173,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
           store<T>(&norm[i], T(2) * softmax.backward(&z[i], logits.get(), inverse, a));
           write_weights(softmax, pixels, i, n, t.b, t.y, t.x + i);
         }
-        if (class_sums) {
-          for (int64_t i = 0; i < t.n; ++i) {
-            if (pixels.labels[i] < 0) continue;
-            t.active[t.count++] = int32_t(i);
-            for (int64_t c = 0; c < C; ++c) t.g[i * cp + c] = z[c * ldz + i];
-            std::fill(t.g + i * cp + C, t.g + (i + 1) * cp, T(0));
-          }
-        }
-        if (!needs[0]) return;
-        const std::vector<Neighbour<T>> self{{t.f, norm.get()}};
-        write_row(out, t.b, t.y, t.x, t.n, result.get(), t.ld, [&](T* o, int64_t ldo) {
-          tile_combine(vectors(t.b), cp, C, f.D, z.get(), ldz, self, t.ld, o, ldo, t.n);
+        // both products by turns, a few channels at a time: they read the same features and g
+        auto gradients = [&](int64_t begin, int64_t count, T* o, int64_t ldo) {
+          for_channel_blocks(count, [&](auto block, int64_t i) {
+            constexpr int N = decltype(block)::value;
+            const int64_t d = begin + i;
+            const T* own = t.f + d * t.ld;
+            if (class_sums)
+              add_class_sums<N, T>(own, t.ld, round_up(t.n, kLanes<T>), z.get(), ldz, C, total + d * cp, cp);
+            if (!needs[0]) return;
+            const auto along = [&, ld = t.ld, k = norm.get()](int64_t row, int64_t p) {
+              return load<T>(k + p) * load<T>(own + row * ld + p);
+            };
+            tile_combine(vectors(t.b) + d * cp, cp, C, N, z.get(), ldz, along, o + i * ldo, ldo, t.n);
+          });
+        };
+        t.each_channels([&](int64_t d, int64_t n) {
+          if (!needs[0]) return gradients(d, n, nullptr, 0);
+          write_row(out.channels(d, n), t.b, t.y, t.x, t.n, result.get(), t.ld,
+                    [&](T* o, int64_t ldo) { gradients(d, n, o, ldo); });
         });
       };
     });
   } else {
-    const PlaneMaps<T> maps(f, C, [&](int64_t b) { return classes.in_groups(b); });
+    const PlaneMaps<T> maps(f, C, [&](int64_t b) { return classes.vectors(b); });
     auto adjoint = CellAdjoint<T>::planes(f.B, C, f.h, f.w, maps.row);
     using WriteWeights = decltype(write_weights);
     struct Body {

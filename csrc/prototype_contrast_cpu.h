@@ -23,7 +23,6 @@ template <class T>
 struct ClassVectors {
   int64_t n, C, D, cp;       // n: 1, or B where they differ from image to image
   Buffer<T> q;               // [n][D][cp], p / (|p| τ), 0 where not valid
-  Buffer<T> grouped;         // [n][D · C], the same as group_classes leaves them
   Buffer<T> bias, mask;      // [n][cp], 0 and 1; where not valid -1e30 and 0
   std::vector<T> unit;       // [rows][D], p / |p|
   std::vector<double> norm;  // [rows], 0 where the prototype counts as zero
@@ -34,7 +33,6 @@ struct ClassVectors {
         D(p.features.size(1)),
         cp(round_up(C, kLanes<T>)),
         q(n * D * cp, true),
-        grouped(n * D * C),
         bias(n * cp),
         mask(n * cp, true) {
     std::fill_n(bias.get(), n * cp, T(-1e30));
@@ -65,13 +63,11 @@ struct ClassVectors {
         const T* u = &unit[((own ? b : 0) * C + c) * D];
         for (int64_t d = 0; d < D; ++d) q[(b * D + d) * cp + c] = T(double(u[d]) / p.tau);
       }
-    for (int64_t b = 0; b < n; ++b) group_classes(&q[b * D * cp], cp, D, C, &grouped[b * D * C]);
   }
   int64_t image(int64_t b) const { return n == 1 ? 0 : b; }
   const T* bias_of(int64_t b) const { return &bias[image(b) * cp]; }
   const T* mask_of(int64_t b) const { return &mask[image(b) * cp]; }
   const T* vectors(int64_t b) const { return &q[image(b) * D * cp]; }
-  const T* in_groups(int64_t b) const { return &grouped[image(b) * D * C]; }
   bool is_valid(int64_t b, int64_t c) const { return mask[image(b) * cp + c] != T(0); }
   bool all_valid(int64_t b) const {
     return std::all_of(mask_of(b), mask_of(b) + C, [](T m) { return m != T(0); });

@@ -34,20 +34,18 @@ void pool_labels(const PoolArguments& p, const FeatureView& f, LabelCheck& check
 template <class T>
 void pool_masks(const PoolArguments& p, const FeatureView& f, LabelCheck& check, Sums<T>& sums) {
   const int64_t C = p.C, cp = round_up(C, kLanes<T>);
-  const Buffer<T> total = tile_pass<T>(f, cp, true, [&] {
+  const Buffer<T> total = tile_class_sums<T>(f, C, [&] {
     return [&, masks = Masks<T>(p, check),
             squares = Buffer<T>(round_up(tile_pixels(f.D, sizeof(T)), kLanes<T>))](Tile<T>& t) mutable {
       masks.read(t.b, t.y, t.x, t.n);
       if (p.normalize) tile_squares(t.f, t.ld, round_up(t.n, kLanes<T>), f.D, squares.get());
       for (int64_t i = 0; i < t.n; ++i) {
-        T* g = t.g + i * cp;
         const T scale = masks.weights[i] * (p.normalize ? inverse_norm(squares[i], T(p.eps)) : T(1));
-        std::fill(g + C, g + cp, T(0));
         masks.each(i, [&](int64_t c, T m) {
-          g[c] = m * scale;
+          t.g[c * t.ld + i] = m * scale;
           sums.masses[t.index * C + c] += double(m) * double(masks.weights[i]);
         });
-        t.active[t.count++] = int32_t(i);
+        t.counted[i] = 0;
       }
     };
   });
@@ -96,16 +94,14 @@ void backward_masks(const Backward<T>& to, const Buffer<T>& q) {
   const PoolArguments& p = to.p;
   const FeatureView& f = to.f;
   const int64_t C = p.C, cp = round_up(C, kLanes<T>);
-  const int64_t tile = tile_pixels(f.D, sizeof(T)), ldg = round_up(tile, kLanes<T>);
-  tile_pass<T>(f, cp, false, [&] {
-    return [&, masks = Masks<T>(p, to.check), squares = Buffer<T>(ldg),
-            z = Buffer<T>(round_up(tile, kPixelBlock) * cp), gt = Buffer<T>(C * ldg), norm = Buffer<T>(ldg),
-            result = Buffer<T>(to.features ? f.D * tile_stride<T>(tile) : 0)](Tile<T>& t) mutable {
+  const int64_t tile = tile_pixels(f.D, sizeof(T)), ldg = tile_stride<T>(tile);
+  sum_over_tiles<T>(f, 0, [&] {
+    return [&, masks = Masks<T>(p, to.check), squares = Buffer<T>(ldg), z = Buffer<T>(C * ldg),
+            gt = Buffer<T>(C * ldg), norm = Buffer<T>(ldg),
+            result = Buffer<T>(to.features ? f.D * tile_stride<T>(tile) : 0)](Tile<T>& t, T*) mutable {
       const T* vectors = &q[t.b * f.D * cp];
-      const int64_t padded = round_up(t.n, kLanes<T>);
       masks.read(t.b, t.y, t.x, t.n);
-      if (p.normalize) tile_squares(t.f, t.ld, padded, f.D, squares.get());
-      tile_dots(t.f, t.ld, round_up(t.n, kPixelBlock), f.D, vectors, cp, z.get());
+      t.products(vectors, cp, C, z.get(), ldg, squares.get(), to.features);
       std::fill_n(gt.get(), C * ldg, T(0));
       std::fill_n(norm.get(), ldg, T(0));
       for (int64_t i = 0; i < t.n; ++i) {
@@ -113,16 +109,16 @@ void backward_masks(const Backward<T>& to, const Buffer<T>& q) {
         T s = T(0);
         masks.each(i, [&](int64_t c, T m) {
           gt[c * ldg + i] = m * masks.weights[i] * inverse;
-          s += m * masks.weights[i] * z[i * cp + c] * inverse;
+          s += m * masks.weights[i] * z[c * ldg + i] * inverse;
         });
         if (p.normalize) norm[i] = T(2) * squared_norm_gradient(inverse, s);
-        to.written.write(masks, i, t.b, t.y, t.x + i, [&](int64_t c) { return z[i * cp + c] * inverse; });
+        to.written.write(masks, i, t.b, t.y, t.x + i, [&](int64_t c) { return z[c * ldg + i] * inverse; });
       }
       if (!to.features) return;
-      std::vector<Neighbour<T>> self;
-      if (p.normalize) self.push_back({t.f, norm.get()});
+      const Multiple<T> own{t.f, norm.get()};
+      const auto first = sum_of_multiples(&own, p.normalize ? 1 : 0, t.ld);
       write_row(to.out, t.b, t.y, t.x, t.n, result.get(), t.ld, [&](T* o, int64_t ldo) {
-        tile_combine(vectors, cp, C, f.D, gt.get(), ldg, self, t.ld, o, ldo, t.n);
+        tile_combine(vectors, cp, C, f.D, gt.get(), ldg, first, o, ldo, t.n);
       });
     };
   });

@@ -9,6 +9,7 @@
 // behind the last cell (of weight 0) is not another row's NaN.
 #pragma once
 
+#include "common/channel_blocks_cpu.h"
 #include "common/label_grid_cpu.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
@@ -52,7 +53,7 @@ struct PlaneMaps {
   Buffer<T> dots;    // [B,C,h,row]
   GramMaps<T> gram;  // [B,h,row]
 
-  // vectors(b): of image b, as group_classes leaves them
+  // vectors(b): of image b, [D][cp]
   template <class Vectors>
   PlaneMaps(const FeatureView& f, int64_t C, const Vectors& vectors)
       : C(C), h(f.h), row(map_row<T>(f.w)), dots(f.B * C * f.h * row, true) {
@@ -60,7 +61,7 @@ struct PlaneMaps {
     cell_pass<T>(f, &gram, row, [&](int64_t b, int64_t y, int64_t x, int64_t n, const T* packed, int64_t ld) {
       const int64_t padded = round_up(n, kLanes<T>);
       Buffer<T> z(C * padded);
-      plane_dots(packed, ld, padded, f.D, vectors(b), C, z.get(), padded);
+      packed_products(packed, ld, padded, f.D, vectors(b), round_up(C, kLanes<T>), C, z.get(), padded);
       for (int64_t c = 0; c < C; ++c) std::copy_n(&z[c * padded], n, &dots[((b * C + c) * h + y) * row + x]);
     });
   }

@@ -132,9 +132,19 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
 #endif
 }
 
-// A new tensor, about to be written for the first time.
+// A new tensor, about to be written for the first time. Each huge page is touched beforehand, by one thread: the system
+// clears a page before it looks whether another thread has just brought it in, and the kernels' threads, which write to
+// all channels of neighbouring pixels, would all clear every page.
 inline Tensor in_huge_pages(Tensor t) {
-  if (t.numel() > 0) prefer_huge_pages(t.mutable_data_ptr(), t.numel() * int64_t(t.element_size()));
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  if (bytes == 0) return t;
+  constexpr int64_t page = int64_t(2) << 20;
+  char* memory = static_cast<char*>(t.mutable_data_ptr());
+  prefer_huge_pages(memory, bytes);
+  if (bytes >= 2 * page)
+    torch::stable::parallel_for(0, bytes / page, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) memory[i * page + page - 1] = 0;
+    });
   return t;
 }
 

@@ -1,10 +1,9 @@
-// Tiles: a run of pixels of one feature row packed as [D][pixels], and the three products that both prototype
-// operators are made of. Packing comes first because a plane size that is a power of two makes the D strided reads of
-// one pixel collide in the cache.
+// Tiles: a run of pixels of one feature row packed as [D][pixels], since a plane size that is a power of two makes the D
+// strided reads of one pixel collide in the cache; and two of the products that both prototype operators are made of,
+// with the sums in registers (channel_blocks_cpu.h has the other two):
 //
-//   dots:     z[p][c]  = sum_d f[d][p] q[d][c]           pixels against class vectors; as planes z[c][p]
-//   outer:    s[d][c] += sum_p f[d][p] g[p][c]           class sums, and the gradient of the class vectors
-//   combine:  o[d][p]  = sum_c q[d][c] g[c][p] + ...     the gradient of the features
+//   dots:     z[p][c] = sum_d f[d][p] q[d][c]           pixels against class vectors, a pixel's classes side by side
+//   combine:  o[d][p] = sum_c q[d][c] g[c][p] + ...     the gradient of the features
 //
 // Class vectors are padded to `cp` columns, a multiple of the vector length, with zeros.
 #pragma once
@@ -153,150 +152,30 @@ PSSL_NOINLINE void tile_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, 
   });
 }
 
-// plane_dots takes classes in as few groups of at most kClassGroup as there can be, of nearly equal size: f(c, n) for each
-// group of classes [c, c + n).
-constexpr int64_t kClassGroup = 6;
-template <class F>
-void for_class_groups(int64_t C, const F& f) {
-  const int64_t groups = (C + kClassGroup - 1) / kClassGroup;
-  for (int64_t i = 0; i < groups; ++i) f(C * i / groups, C * (i + 1) / groups - C * i / groups);
-}
-
-// Class vectors q [D][ldq] group by group, each [D][n]: read in one go, and short enough to stay in the first-level cache
-// beside the pixels' features. `out` holds D · C.
-template <class T>
-void group_classes(const T* q, int64_t ldq, int64_t D, int64_t C, T* out) {
-  for_class_groups(C, [&](int64_t c, int64_t n) {
-    for (int64_t d = 0; d < D; ++d, out += n) std::copy_n(q + d * ldq + c, n, out);
-  });
-}
-
-// z[c][p] = sum_d f[d][p] q[d][c] for c < C and p < pixels (a multiple of the vector length): a plane a class, so that a
-// vector holds one class of several pixels. q as group_classes leaves it.
-template <class T>
-PSSL_NOINLINE void plane_dots(const T* f, int64_t ld, int64_t pixels, int64_t D, const T* q, int64_t C, T* z,
-                              int64_t ldz) {
-  constexpr int kWide = kVecRegisters >= 32 ? 4 : 2;  // kWide · kClassGroup sums, kWide features, one q
-  auto block = [&](auto rows, auto vectors, int64_t c, int64_t p) {
-    constexpr int R = decltype(rows)::value;
-    constexpr int V = decltype(vectors)::value;
-    const T* own = q + D * c;
-    Vec<T> sum[R][V] = {};
-    for (int64_t d = 0; d < D; ++d) {
-      Vec<T> k[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) k[v] = load<T>(f + d * ld + p + v * kLanes<T>);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[i][v] += own[d * R + i] * k[v];
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store<T>(z + (c + i) * ldz + p + v * kLanes<T>, sum[i][v]);
-  };
-  auto classes = [&](auto vectors, int64_t p) {
-    for_class_groups(C, [&](int64_t c, int64_t n) {
-      switch (n) {
-        case 6:
-          return block(std::integral_constant<int, 6>{}, vectors, c, p);
-        case 5:
-          return block(std::integral_constant<int, 5>{}, vectors, c, p);
-        case 4:
-          return block(std::integral_constant<int, 4>{}, vectors, c, p);
-        case 3:
-          return block(std::integral_constant<int, 3>{}, vectors, c, p);
-        case 2:
-          return block(std::integral_constant<int, 2>{}, vectors, c, p);
-        default:
-          return block(std::integral_constant<int, 1>{}, vectors, c, p);
-      }
-    });
-  };
-  int64_t p = 0;
-  for (; p + kWide * kLanes<T> <= pixels; p += kWide * kLanes<T>)
-    classes(std::integral_constant<int, kWide>{}, p);
-  for (; p < pixels; p += kLanes<T>) classes(std::integral_constant<int, 1>{}, p);
-}
-
-// s[d][0..cp) += sum_p f[d][p] g[p][0..cp) over the `count` pixels listed in `active`. Pixels that count for nothing
-// are left out, not multiplied by 0: their features may be NaN.
-template <class T>
-PSSL_NOINLINE void tile_outer(const T* f, int64_t ld, const int32_t* active, int64_t count, int64_t D,
-                              const T* g, int64_t cp, T* s) {
-  for_class_blocks<T>(cp, [&](auto block, int64_t c) {
-    constexpr int V = decltype(block)::value;
-    auto rows = [&]([[maybe_unused]] auto lines, int64_t d) {
-      constexpr int N = decltype(lines)::value;
-      Vec<T> sum[N][V];
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[i][v] = load<T>(s + (d + i) * cp + c + v * kLanes<T>);
-      for (int64_t a = 0; a < count; ++a) {
-        const int64_t p = active[a];
-        Vec<T> k[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) k[v] = load<T>(g + p * cp + c + v * kLanes<T>);
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i)
-#pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sum[i][v] += f[(d + i) * ld + p] * k[v];
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) store<T>(s + (d + i) * cp + c + v * kLanes<T>, sum[i][v]);
-    };
-    constexpr int N = kVecRegisters >= 32 ? 8 : 4;
-    int64_t d = 0;
-    for (; d + N <= D; d += N) rows(std::integral_constant<int, N>{}, d);
-    for (; d < D; ++d) rows(std::integral_constant<int, 1>{}, d);
-  });
-}
-
-// One term of the features' gradient: coefficient[p] times a neighbouring cell's feature, neighbour[d * ld + p].
-template <class T>
-struct Neighbour {
-  const T* feature;
-  const T* coefficient;
-};
-
-// o[d][p] = sum_{c<C} q[d][c] gt[c][p] + sum_k neighbours[k].coefficient[p] neighbours[k].feature[d][p], p < n. gt is
-// [C][ldg], the features are `ld` apart; both, and the coefficients, can be read to the end of the last vector.
-template <class T>
+// o[d][p] = first(d, p) + sum_{c<C} q[d][c] gt[c][p], p < n; q's rows are cp apart. first(d, p) is a vector of values from p
+// on; it and gt, which is [C][ldg], can be read to the end of the last vector.
+template <class T, class First>
 PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, const T* gt, int64_t ldg,
-                                const std::vector<Neighbour<T>>& neighbours, int64_t ld, T* o, int64_t ldo,
-                                int64_t n) {
-  constexpr int N = 6;  // rows of D at once
+                                const First& first, T* o, int64_t ldo, int64_t n) {
+  constexpr int N = 4;  // rows of D at once
   auto block = [&](auto rows, auto vectors, int64_t d, int64_t p) {
     constexpr int R = decltype(rows)::value;
     constexpr int V = decltype(vectors)::value;
-    Vec<T> sum[R][V] = {};
+    Vec<T> sum[R][V];
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[i][v] = first(d + i, p + v * kLanes<T>);
     for (int64_t c = 0; c < C; ++c) {
       Vec<T> g[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) g[v] = load<T>(gt + c * ldg + p + v * kLanes<T>);
-#pragma GCC unroll 6
+#pragma GCC unroll 4
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[i][v] += q[(d + i) * cp + c] * g[v];
     }
-    for (const Neighbour<T>& k : neighbours) {
-      Vec<T> g[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) g[v] = load<T>(k.coefficient + p + v * kLanes<T>);
-#pragma GCC unroll 6
-      for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          Vec<T> f = load<T>(k.feature + (d + i) * ld + p + v * kLanes<T>);
-          // 0 · NaN: a cell that no counted pixel touches must not pass its NaN on
-          sum[i][v] += g[v] != T(0) ? g[v] * f : Vec<T>{};
-        }
-    }
-#pragma GCC unroll 6
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v)
@@ -312,6 +191,25 @@ PSSL_NOINLINE void tile_combine(const T* q, int64_t cp, int64_t C, int64_t D, co
   int64_t d = 0;
   for (; d + N <= D; d += N) columns(std::integral_constant<int, N>{}, d);
   for (; d < D; ++d) columns(std::integral_constant<int, 1>{}, d);
+}
+
+// For tile_combine: the sum over `count` features f, rows `ld` apart, of coefficient[p] f[d][p], without those whose
+// coefficient is 0: where no counted pixel touches a cell, its feature may be NaN.
+template <class T>
+struct Multiple {
+  const T* feature;
+  const T* coefficient;
+};
+template <class T>
+auto sum_of_multiples(const Multiple<T>* terms, int64_t count, int64_t ld) {
+  return [=](int64_t d, int64_t p) {
+    Vec<T> sum = {};
+    for (const Multiple<T>* k = terms; k != terms + count; ++k) {
+      const Vec<T> g = load<T>(k->coefficient + p);
+      sum += g * keep<T>(load<T>(k->feature + d * ld + p), g != T(0));
+    }
+    return sum;
+  };
 }
 
 // squares[p] += sum_d f[d][p]^2 for p < pixels.

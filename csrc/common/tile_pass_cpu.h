@@ -1,6 +1,7 @@
 // Passes over all tiles of a feature map, with class sums whose order of additions depends on the sizes alone.
 #pragma once
 
+#include "common/channel_blocks_cpu.h"
 #include "common/label_grid_cpu.h"
 #include "common/tasks_cpu.h"
 
@@ -13,9 +14,10 @@ struct Tile {
   int64_t index;       // among the tiles of the batch, see tile_count
   T* f;                // packed features [D][ld], zero in the columns behind n
   int64_t ld;
-  T* g;             // tile_pass: [n][cp], the coefficients of the class sums, for the body to fill in
-  int32_t* active;  // the pixels that have any,
-  int64_t count;    // and how many they are
+  // tile_class_sums, for the body to fill in: the coefficients of the class sums, [C][ld], and which pixels have any: -1 where the
+  // feature may be anything, else 0
+  T* g;
+  BitsOf<T>* counted;
 
   void pack() { pack_row(view, b, y, x, n, ld, f, ld); }
   // Packs a few channels at a time and calls f(d, count) for each of these runs, while it is in the first-level cache.
@@ -33,6 +35,39 @@ struct Tile {
     for (int64_t d = 0; d < view.D; d += kChannels) f(d, std::min(kChannels, view.D - d));
   }
   static constexpr int64_t kChannels = 16;
+
+  // z[c][p] = <f(p), q_c> for C classes, q as [D][cp], and squares[p] = |f(p)|^2, up to the end of the last vector. Reads
+  // the features once; packs them on the way if they are to be `packed` for later steps, see clear_uncounted for `labels`.
+  void products(const T* q, int64_t cp, int64_t C, T* z, int64_t ldz, T* squares, bool packed,
+                const BitsOf<T>* labels = nullptr) {
+    const int64_t padded = round_up(n, kLanes<T>);
+    const bool direct = view.type == scalar_type_of<T> && view.sx == 1 && padded == n;
+    std::fill_n(squares, padded, T(0));
+    for_class_runs<T>(C, ldz, [&](int64_t c, int64_t classes) {
+      for (int64_t k = c; k < c + classes; ++k) std::fill_n(z + k * ldz, padded, T(0));
+      auto from_packed = [&](int64_t d, int64_t count) {
+        add_packed_products<T>(f, ld, padded, d, count, q + c, cp, classes, z + c * ldz, ldz,
+                               c == 0 ? squares : nullptr);
+        if (c == 0 && packed && labels) clear_uncounted(labels, d, count);
+      };
+      if (c > 0) return from_packed(0, view.D);
+      if (!direct) return pack_channels(from_packed);
+      const T* row = static_cast<const T*>(view.data) + b * view.sb + y * view.sy + x;
+      const bool kept = packed || classes < C;
+      for_channel_blocks(view.D, [&](auto block, int64_t d) {
+        constexpr int N = decltype(block)::value;
+        const OnTheWay<T> way{kept ? f + d * ld : nullptr, ld, labels,
+                              d + 2 * N <= view.D ? row + (d + N) * view.sd : nullptr};
+        add_products<N, T>(row + d * view.sd, view.sd, padded, q + d * cp, cp, classes, z, ldz, squares, way);
+      });
+    });
+  }
+  // Zeros in channels [d, d + count) of the packed pixels that do not count, see counted_lanes.
+  void clear_uncounted(const BitsOf<T>* labels, int64_t d, int64_t count) {
+    for (T* row = f + d * ld; row < f + (d + count) * ld; row += ld)
+      for (int64_t p = 0; p < n; p += kLanes<T>)
+        store<T>(row + p, keep<T>(load<T>(row + p), counted_lanes<T>(labels, p)));
+  }
 };
 
 // The tiles of one image.
@@ -58,7 +93,7 @@ Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& mak
       const int64_t b = task / chunks, chunk = task % chunks;
       for (int64_t i = tiles * chunk / chunks; i < tiles * (chunk + 1) / chunks; ++i) {
         const int64_t y = i / per_row, x = i % per_row * tile, n = std::min(tile, f.w - x);
-        Tile<T> t{f, b, y, x, n, b * tiles + i, packed.get(), ld, nullptr, nullptr, 0};
+        Tile<T> t{f, b, y, x, n, b * tiles + i, packed.get(), ld, nullptr, nullptr};
         body(t, &partial[task * size]);
       }
     };
@@ -72,18 +107,24 @@ Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& mak
   return total;
 }
 
-// The same with body(tile) on packed tiles. With `sums`, returns [B][D][cp]: for each image sum over its active pixels of
-// f[d][p] g[p][c].
+// The same with body(tile) on packed tiles, whose coefficients it leaves in t.g. Returns [B][D][cp]: for each image
+// sum over its counted pixels of f[d][p] g[c][p], for C classes.
 template <class T, class MakeBody>
-Buffer<T> tile_pass(const FeatureView& f, int64_t cp, bool sums, const MakeBody& make_body) {
-  const int64_t tile = tile_pixels(f.D, sizeof(T));
-  return sum_over_tiles<T>(f, sums ? f.D * cp : 0, [&] {
-    return [&, sums, body = make_body(), g = Buffer<T>(sums ? tile * cp : 0), active = Buffer<int32_t>(tile)](
+Buffer<T> tile_class_sums(const FeatureView& f, int64_t C, const MakeBody& make_body) {
+  const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile), cp = round_up(C, kLanes<T>);
+  return sum_over_tiles<T>(f, f.D * cp, [&] {
+    return [&, cp, body = make_body(), g = Buffer<T>(C * ld), counted = Buffer<BitsOf<T>>(ld)](
                Tile<T>& t, T* total) mutable {
-      t.g = g.get(), t.active = active.get();
+      const int64_t padded = round_up(t.n, kLanes<T>);
+      t.g = g.get(), t.counted = counted.get();
       t.pack();
       body(t);
-      if (sums) tile_outer(t.f, t.ld, t.active, t.count, f.D, t.g, cp, total);
+      for (int64_t c = 0; c < C; ++c) std::fill(t.g + c * t.ld + t.n, t.g + c * t.ld + padded, T(0));
+      for_channel_blocks(f.D, [&](auto block, int64_t d) {
+        constexpr int N = decltype(block)::value;
+        t.clear_uncounted(t.counted, d, N);
+        add_class_sums<N, T>(t.f + d * t.ld, t.ld, padded, t.g, t.ld, C, total + d * cp, cp);
+      });
     };
   });
 }
@@ -91,18 +132,15 @@ Buffer<T> tile_pass(const FeatureView& f, int64_t cp, bool sums, const MakeBody&
 // [B][D][cp]: the sums over the cells of f times the products' gradients.
 template <class T>
 Buffer<T> adjoint_class_sums(const FeatureView& f, const CellAdjoint<T>& adjoint, int64_t C) {
-  const int64_t cp = round_up(C, kLanes<T>);
-  return tile_pass<T>(f, cp, true, [&] {
+  return tile_class_sums<T>(f, C, [&] {
     return [&](Tile<T>& t) {
-      for (int64_t p = 0; p < t.n; ++p) {
-        bool any = false;
-        for (int64_t c = 0; c < cp; ++c) {
-          const T v = c < C ? adjoint.dot(t.b, t.y, t.x + p, c) : T(0);
-          t.g[p * cp + c] = v;
-          any |= v != T(0);
+      std::fill_n(t.counted, t.n, BitsOf<T>(-1));
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t p = 0; p < t.n; ++p) {
+          const T v = adjoint.dot(t.b, t.y, t.x + p, c);
+          t.g[c * t.ld + p] = v;
+          if (v != T(0)) t.counted[p] = 0;
         }
-        if (any) t.active[t.count++] = int32_t(p);
-      }
     };
   });
 }
@@ -125,7 +163,7 @@ void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, cons
         const int64_t n = std::min(tile, f.w - x), padded = round_up(n, lanes);
         for (int64_t c = 0; c < C; ++c)
           for (int64_t p = 0; p < padded; ++p) gt[c * ldg + p] = p < n ? adjoint.dot(b, y, x + p, c) : T(0);
-        std::vector<Neighbour<T>> neighbours;
+        Multiple<T> neighbours[9];
         if (gram) {
           std::fill_n(coefficients.get(), 9 * ldg, T(0));
           for (int64_t p = 0; p < n; ++p) {
@@ -144,11 +182,12 @@ void adjoint_feature_gradient(const FeatureView& f, const FeatureView& out, cons
           for (int64_t dy = 0; dy < 3; ++dy) {
             const T* row = rows.at(b, y + dy - 1, x - 1, n + 2);
             for (int64_t dx = 0; dx < 3; ++dx)
-              neighbours.push_back({row + dx, &coefficients[(dy * 3 + dx) * ldg]});
+              neighbours[dy * 3 + dx] = {row + dx, &coefficients[(dy * 3 + dx) * ldg]};
           }
         }
+        const auto first = sum_of_multiples(neighbours, gram ? 9 : 0, ld);
         write_row(out, b, y, x, n, result.get(), ld, [&](T* o, int64_t ldo) {
-          tile_combine(vectors(b), cp, C, f.D, gt.get(), ldg, neighbours, ld, o, ldo, n);
+          tile_combine(vectors(b), cp, C, f.D, gt.get(), ldg, first, o, ldo, n);
         });
       }
     }

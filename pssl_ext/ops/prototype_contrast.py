@@ -128,6 +128,9 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield case("one_cell", 1, 5, 3, (1, 1), (7, 5), regions=regions(1, 3, 7, 5, integer=torch.int32))
     yield case("empty_batch", 0, 5, 3, (3, 3), (6, 6))
     yield case("many_classes", 1, 40, 37, (6, 6), (48, 48))
+    # more classes than the CPU's kernels take at a time
+    yield case("many_classes_wide", 1, 5, 41, (2, 160), (3, 320))
+    yield case("many_classes_same_grid", 1, 9, 41, (16, 16), (16, 16))
     yield case("wide", 1, 6, 3, (3, 150), (6, 300))
     yield case("wide_same_grid", 1, 6, 3, (3, 150), (3, 150))
 

@@ -13,7 +13,14 @@ from pssl_ext.ops.prototype_pool import resize
 from pssl_ext.registry import OPS
 from pssl_ext.testing import devices, run
 
-GRIDS = [((5, 7), (40, 56)), ((6, 5), (23, 31)), ((9, 11), (9, 11)), ((13, 9), (8, 6)), ((4, 6), (12, 18))]
+GRIDS = [
+    ((5, 7), (40, 56)),
+    ((6, 5), (23, 31)),
+    ((9, 11), (9, 11)),
+    ((8, 12), (8, 12)),  # whole vectors of pixels
+    ((13, 9), (8, 6)),
+    ((4, 6), (12, 18)),
+]
 OPERATORS = ["prototype_pool", "prototype_contrast"]
 
 
