@@ -17,9 +17,7 @@ void pool_labels(const PoolArguments& p, const FeatureView& f, LabelCheck& check
             scale = Buffer<T>(padded, true)](Tile<T>& t, T* total) mutable {
       masks.read(t.b, t.y, t.x, t.n);
       std::fill_n(squares.get(), padded, T(0));
-      t.pack_channels([&](int64_t d, int64_t n) {
-        if (p.normalize) add_squares(t.f + d * t.ld, t.ld, round_up(t.n, kLanes<T>), n, squares.get());
-      });
+      t.pack_channels(p.normalize ? squares.get() : nullptr, [](int64_t, int64_t) {});
       for (int64_t i = 0; i < t.n; ++i) {
         scale[i] = masks.weights[i] * (p.normalize ? inverse_norm(squares[i], T(p.eps)) : T(1));
         if (masks.labels[i] >= 0) sums.masses[t.index * C + masks.labels[i]] += double(masks.weights[i]);
@@ -33,12 +31,13 @@ void pool_labels(const PoolArguments& p, const FeatureView& f, LabelCheck& check
 
 template <class T>
 void pool_masks(const PoolArguments& p, const FeatureView& f, LabelCheck& check, Sums<T>& sums) {
-  const int64_t C = p.C, cp = round_up(C, kLanes<T>);
+  const int64_t C = p.C, cp = round_up(C, kLanes<T>),
+                padded = round_up(tile_pixels(f.D, sizeof(T)), kLanes<T>);
   const Buffer<T> total = tile_class_sums<T>(f, C, [&] {
-    return [&, masks = Masks<T>(p, check),
-            squares = Buffer<T>(round_up(tile_pixels(f.D, sizeof(T)), kLanes<T>))](Tile<T>& t) mutable {
+    return [&, masks = Masks<T>(p, check), squares = Buffer<T>(padded)](Tile<T>& t) mutable {
       masks.read(t.b, t.y, t.x, t.n);
-      if (p.normalize) tile_squares(t.f, t.ld, round_up(t.n, kLanes<T>), f.D, squares.get());
+      std::fill_n(squares.get(), padded, T(0));
+      t.pack_channels(p.normalize ? squares.get() : nullptr, [](int64_t, int64_t) {});
       for (int64_t i = 0; i < t.n; ++i) {
         const T scale = masks.weights[i] * (p.normalize ? inverse_norm(squares[i], T(p.eps)) : T(1));
         masks.each(i, [&](int64_t c, T m) {
@@ -66,8 +65,8 @@ void backward_labels(const Backward<T>& to, const Buffer<T>& q) {
       own.find(masks.labels.get(), t.n);
       std::fill_n(dots.get(), padded, T(0));
       std::fill_n(squares.get(), padded, T(0));
-      t.pack_channels([&](int64_t d, int64_t n) {
-        own.add_dots(t.f + d * t.ld, t.ld, n, vectors + d, f.D, dots.get(), squares.get());
+      t.pack_channels(squares.get(), [&](int64_t d, int64_t n) {
+        own.add_dots(t.f + d * t.ld, t.ld, n, vectors + d, f.D, dots.get());
       });
       std::fill_n(along.get(), padded, T(0));
       std::fill_n(back.get(), padded, T(0));

@@ -3,7 +3,7 @@
 // for each class that occurs in it: once inside a region, a few times across its edges.
 //
 //   sums:      s[c][d] += sum_{p of c} f[d][p] w[p]
-//   dots:      t[p]  = <f(p), q[label(p)]>,  squares[p] = |f(p)|^2
+//   dots:      t[p]  = <f(p), q[label(p)]>
 //   gradient:  o[d][p] = a[p] q[label(p)][d] + b[p] f[d][p]
 //
 // Features and weights are masked by their bits, not multiplied by 0: NaN stays with the pixel's own class, or with none.
@@ -55,23 +55,17 @@ class OwnClasses {
     });
   }
 
-  // dots[p] += <f(p), q[label(p)]> and squares[p] += |f(p)|^2 for all pixels; q's rows are ldq apart.
-  PSSL_NOINLINE void add_dots(const T* f, int64_t ld, int64_t D, const T* q, int64_t ldq, T* dots,
-                              T* squares) const {
+  // dots[p] += <f(p), q[label(p)]> for all pixels; q's rows are ldq apart.
+  PSSL_NOINLINE void add_dots(const T* f, int64_t ld, int64_t D, const T* q, int64_t ldq, T* dots) const {
     rows_of(D, [&](auto rows, int64_t d) {
       constexpr int N = decltype(rows)::value;
       for (int64_t p = 0; p < padded_; p += kLanes<T>) {
         Vec<T> own[N];
         vectors<N>(p, q + d, ldq, own);
-        Vec<T> dot = load<T>(dots + p), square = load<T>(squares + p);
+        Vec<T> dot = load<T>(dots + p);
 #pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) {
-          const Vec<T> v = load<T>(f + (d + i) * ld + p);
-          dot += v * own[i];
-          square += v * v;
-        }
+        for (int i = 0; i < N; ++i) dot += load<T>(f + (d + i) * ld + p) * own[i];
         store<T>(dots + p, dot);
-        store<T>(squares + p, square);
       }
     });
   }

@@ -212,33 +212,4 @@ auto sum_of_multiples(const Multiple<T>* terms, int64_t count, int64_t ld) {
   };
 }
 
-// squares[p] += sum_d f[d][p]^2 for p < pixels.
-template <class T>
-PSSL_NOINLINE void add_squares(const T* f, int64_t ld, int64_t pixels, int64_t D, T* squares) {
-  auto block = [&](auto vectors, int64_t p) {
-    constexpr int V = decltype(vectors)::value;
-    Vec<T> sum[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[v] = load<T>(squares + p + v * kLanes<T>);
-    for (int64_t d = 0; d < D; ++d)
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        const Vec<T> x = load<T>(f + d * ld + p + v * kLanes<T>);
-        sum[v] += x * x;
-      }
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store<T>(squares + p + v * kLanes<T>, sum[v]);
-  };
-  int64_t p = 0;
-  for (; p + 8 * kLanes<T> <= pixels; p += 8 * kLanes<T>) block(std::integral_constant<int, 8>{}, p);
-  for (; p < pixels; p += kLanes<T>) block(std::integral_constant<int, 1>{}, p);
-}
-
-// squares[p] = sum_d f[d][p]^2 for p < pixels.
-template <class T>
-void tile_squares(const T* f, int64_t ld, int64_t pixels, int64_t D, T* squares) {
-  std::fill_n(squares, pixels, T(0));
-  add_squares(f, ld, pixels, D, squares);
-}
-
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -20,13 +20,21 @@ struct Tile {
   BitsOf<T>* counted;
 
   void pack() { pack_row(view, b, y, x, n, ld, f, ld); }
-  // Packs a few channels at a time and calls f(d, count) for each of these runs, while it is in the first-level cache.
+  // Packs a few channels at a time, adds their squares to squares[p] unless it is null, and calls f(d, count) for each of
+  // these runs, while it is in the first-level cache.
   template <class F>
-  void pack_channels(const F& f) {
+  void pack_channels(T* squares, const F& f) {
+    const bool direct = is_direct();
     each_channels([&](int64_t d, int64_t count) {
-      pack_row(view.channels(d, count), b, y, x, n, ld, this->f + d * ld, ld);
-      const int64_t next = std::min(kChannels, view.D - d - count);
-      if (next > 0) prefetch_row(view.channels(d + count, next), b, y, x, n);
+      T* own = this->f + d * ld;
+      if (direct) {
+        take(d, count, nullptr, 0, 0, nullptr, 0, squares, true, nullptr);
+      } else {
+        pack_row(view.channels(d, count), b, y, x, n, ld, own, ld);
+        const int64_t next = std::min(kChannels, view.D - d - count);
+        if (next > 0) prefetch_row(view.channels(d + count, next), b, y, x, n);
+        if (squares) add_packed_products<T>(own, ld, padded(), count, nullptr, 0, 0, nullptr, 0, squares);
+      }
       f(d, count);
     });
   }
@@ -40,26 +48,21 @@ struct Tile {
   // the features once; packs them on the way if they are to be `packed` for later steps, see clear_uncounted for `labels`.
   void products(const T* q, int64_t cp, int64_t C, T* z, int64_t ldz, T* squares, bool packed,
                 const BitsOf<T>* labels = nullptr) {
-    const int64_t padded = round_up(n, kLanes<T>);
-    const bool direct = view.type == scalar_type_of<T> && view.sx == 1 && padded == n;
-    std::fill_n(squares, padded, T(0));
+    std::fill_n(squares, padded(), T(0));
     for_class_runs<T>(C, ldz, [&](int64_t c, int64_t classes) {
-      for (int64_t k = c; k < c + classes; ++k) std::fill_n(z + k * ldz, padded, T(0));
+      for (int64_t k = c; k < c + classes; ++k) std::fill_n(z + k * ldz, padded(), T(0));
       auto from_packed = [&](int64_t d, int64_t count) {
-        add_packed_products<T>(f, ld, padded, d, count, q + c, cp, classes, z + c * ldz, ldz,
+        add_packed_products<T>(f + d * ld, ld, padded(), count, q + d * cp + c, cp, classes, z + c * ldz, ldz,
                                c == 0 ? squares : nullptr);
         if (c == 0 && packed && labels) clear_uncounted(labels, d, count);
       };
-      if (c > 0) return from_packed(0, view.D);
-      if (!direct) return pack_channels(from_packed);
-      const T* row = static_cast<const T*>(view.data) + b * view.sb + y * view.sy + x;
-      const bool kept = packed || classes < C;
-      for_channel_blocks(view.D, [&](auto block, int64_t d) {
-        constexpr int N = decltype(block)::value;
-        const OnTheWay<T> way{kept ? f + d * ld : nullptr, ld, labels,
-                              d + 2 * N <= view.D ? row + (d + N) * view.sd : nullptr};
-        add_products<N, T>(row + d * view.sd, view.sd, padded, q + d * cp, cp, classes, z, ldz, squares, way);
-      });
+      if (c > 0) {
+        from_packed(0, view.D);
+      } else if (is_direct()) {
+        take(0, view.D, q, cp, classes, z, ldz, squares, packed || classes < C, labels);
+      } else {
+        pack_channels(nullptr, from_packed);
+      }
     });
   }
   // Zeros in channels [d, d + count) of the packed pixels that do not count, see counted_lanes.
@@ -67,6 +70,23 @@ struct Tile {
     for (T* row = f + d * ld; row < f + (d + count) * ld; row += ld)
       for (int64_t p = 0; p < n; p += kLanes<T>)
         store<T>(row + p, keep<T>(load<T>(row + p), counted_lanes<T>(labels, p)));
+  }
+
+ private:
+  int64_t padded() const { return round_up(n, kLanes<T>); }
+  // Whether features can be taken from where they lie, by whole vectors.
+  bool is_direct() const { return view.type == scalar_type_of<T> && view.sx == 1 && padded() == n; }
+  // add_products for channels [d, d + count) from where they lie.
+  void take(int64_t d, int64_t count, const T* q, int64_t cp, int64_t C, T* z, int64_t ldz, T* squares,
+            bool packed, const BitsOf<T>* labels) {
+    const T* row = static_cast<const T*>(view.data) + b * view.sb + y * view.sy + x;
+    for_channel_blocks(count, [&](auto block, int64_t i) {
+      constexpr int N = decltype(block)::value;
+      const int64_t own = d + i, next = own + N;
+      const OnTheWay<T> way{packed ? f + own * ld : nullptr, ld, labels,
+                            next + N <= view.D ? row + next * view.sd : nullptr};
+      add_products<N, T>(row + own * view.sd, view.sd, n, q + own * cp, cp, C, z, ldz, squares, way);
+    });
   }
 };
 
@@ -107,7 +127,7 @@ Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& mak
   return total;
 }
 
-// The same with body(tile) on packed tiles, whose coefficients it leaves in t.g. Returns [B][D][cp]: for each image
+// The same with body(tile), which packs the tile and leaves its coefficients in t.g. Returns [B][D][cp]: for each image
 // sum over its counted pixels of f[d][p] g[c][p], for C classes.
 template <class T, class MakeBody>
 Buffer<T> tile_class_sums(const FeatureView& f, int64_t C, const MakeBody& make_body) {
@@ -117,7 +137,6 @@ Buffer<T> tile_class_sums(const FeatureView& f, int64_t C, const MakeBody& make_
                Tile<T>& t, T* total) mutable {
       const int64_t padded = round_up(t.n, kLanes<T>);
       t.g = g.get(), t.counted = counted.get();
-      t.pack();
       body(t);
       for (int64_t c = 0; c < C; ++c) std::fill(t.g + c * t.ld + t.n, t.g + c * t.ld + padded, T(0));
       for_channel_blocks(f.D, [&](auto block, int64_t d) {
@@ -134,6 +153,7 @@ template <class T>
 Buffer<T> adjoint_class_sums(const FeatureView& f, const CellAdjoint<T>& adjoint, int64_t C) {
   return tile_class_sums<T>(f, C, [&] {
     return [&](Tile<T>& t) {
+      t.pack();
       std::fill_n(t.counted, t.n, BitsOf<T>(-1));
       for (int64_t c = 0; c < C; ++c)
         for (int64_t p = 0; p < t.n; ++p) {
