@@ -150,15 +150,15 @@ class Sweep {
                     ": num_regions × classes × thresholds = ", most, " is too large");
     std::mutex adding;
     torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      Buffer<int32_t> histogram(kWays * most);
+      Buffer<int32_t> histogram(std::max(most, kWideHistogram));
       int64_t counted = 0;
       auto start = [&](const Image<T>& image) {
-        std::fill_n(histogram.get(), kWays * histogram_size(image), int32_t(0));
+        std::fill_n(histogram.get(), ways(image) * histogram_size(image), int32_t(0));
         counted = 0;
       };
       auto finish = [&](const Image<T>& image) {
         const int64_t size = histogram_size(image);
-        for (int64_t i = 0; i < size; ++i) {
+        for (int64_t i = 0; i < size && ways(image) == kWays; ++i) {
           int32_t sum = 0;
           for (int64_t way = 0; way < kWays; ++way) sum += histogram[i * kWays + way];
           histogram[i] = sum;
@@ -224,14 +224,19 @@ class Sweep {
   }
 
   // Neighbours mostly fall into one bin, and adding to a number that was just stored waits for the store: so they are
-  // counted in histograms of their own, side by side.
+  // counted in histograms of their own, side by side, as long as these stay well within the second-level cache.
   static constexpr int64_t kWays = 4;
+  static constexpr int64_t kWideHistogram = 1 << 15;  // numbers in all ways together, at most
   // Pixels that a histogram of 32 bits counts before it is added up, beside those of a task, which fit too (the
   // constructor looks): half the memory to clear and to read than with 64 bits.
   static constexpr int64_t kMostCounted = 1 << 22;
 
   // [C + 1, slots, bins]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
+
+  int64_t ways(const Image<T>& image) const {
+    return kWays * histogram_size(image) <= kWideHistogram ? kWays : 1;
+  }
 
   void count_task(Image<T>& image, int64_t task, Scratch<T>& s, int32_t* histogram) const {
     const int64_t W = image.cams.W, k = int64_t(image.classes.size());
@@ -254,11 +259,18 @@ class Sweep {
     } else {
       add_label_rows(image, y, s.slot.get(), s, s.truth.get());
     }
-    const int32_t* bin = s.bin.get();
+    if (ways(image) == kWays) {
+      count_bins<kWays>(s.bin.get(), W, histogram);
+    } else {
+      count_bins<1>(s.bin.get(), W, histogram);
+    }
+  }
+  template <int64_t N>
+  static void count_bins(const int32_t* bin, int64_t n, int32_t* histogram) {
     int64_t x = 0;
-    for (; x + kWays <= W; x += kWays)
-      for (int64_t way = 0; way < kWays; ++way) ++histogram[bin[x + way] * kWays + way];
-    for (; x < W; ++x) ++histogram[bin[x] * kWays];
+    for (; x + N <= n; x += N)
+      for (int64_t way = 0; way < N; ++way) ++histogram[bin[x + way] * N + way];
+    for (; x < n; ++x) ++histogram[bin[x] * N];
   }
   // s.bin += where the bins of each pixel's label and slot begin
   template <class Label>
