@@ -58,17 +58,21 @@ PSSL_NOINLINE void add_products(const T* f, int64_t ldf, int64_t pixels, const T
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) x[i][v] = load<T>(f + i * ldf + p + v * kLanes<T>);
     if (way.copy)
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         const int64_t at = p + v * kLanes<T>;
         const Lanes<T> counted = way.labels ? counted_lanes<T>(way.labels, at) : ~Lanes<T>{};
+#pragma GCC unroll 4
         for (int i = 0; i < N; ++i) store<T>(way.copy + i * way.ld + at, keep<T>(x[i][v], counted));
       }
     if (way.next)
       for (int i = 0; i < N; ++i)
         for (int v = 0; v < V; ++v) __builtin_prefetch(way.next + i * ldf + p + v * kLanes<T>);
     if (squares)
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         Vec<T> sum = load<T>(squares + p + v * kLanes<T>);
+#pragma GCC unroll 4
         for (int i = 0; i < N; ++i) sum += x[i][v] * x[i][v];
         store<T>(squares + p + v * kLanes<T>, sum);
       }

@@ -120,12 +120,15 @@ struct FeatureView {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+constexpr int64_t kHugePage = int64_t(2) << 20;
+constexpr int64_t kHugePages = 2 * kHugePage;  // bytes from which on they are worth asking for
+
 // Asks for huge pages for what lies within large memory that is about to be written for the first time: page by page,
 // the system takes longer over it than the kernels do. Where it refuses, nothing is lost.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
-  constexpr int64_t large = int64_t(4) << 20, page = 4096;
-  if (bytes < large) return;
+  constexpr int64_t page = 4096;
+  if (bytes < kHugePages) return;
   const int64_t begin = round_up(int64_t(reinterpret_cast<intptr_t>(memory)), page);
   const int64_t end = (int64_t(reinterpret_cast<intptr_t>(memory)) + bytes) / page * page;
   madvise(reinterpret_cast<void*>(intptr_t(begin)), size_t(end - begin), MADV_HUGEPAGE);
@@ -137,14 +140,12 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
 // all channels of neighbouring pixels, would all clear every page.
 inline Tensor in_huge_pages(Tensor t) {
   const int64_t bytes = t.numel() * int64_t(t.element_size());
-  if (bytes == 0) return t;
-  constexpr int64_t page = int64_t(2) << 20;
+  if (bytes < kHugePages) return t;
   char* memory = static_cast<char*>(t.mutable_data_ptr());
   prefer_huge_pages(memory, bytes);
-  if (bytes >= 2 * page)
-    torch::stable::parallel_for(0, bytes / page, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) memory[i * page + page - 1] = 0;
-    });
+  torch::stable::parallel_for(0, bytes / kHugePage, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) memory[(i + 1) * kHugePage - 1] = 0;
+  });
   return t;
 }
 

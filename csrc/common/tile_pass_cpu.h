@@ -14,8 +14,8 @@ struct Tile {
   int64_t index;       // among the tiles of the batch, see tile_count
   T* f;                // packed features [D][ld], zero in the columns behind n
   int64_t ld;
-  // tile_class_sums, for the body to fill in: the coefficients of the class sums, [C][ld], and which pixels have any: -1 where the
-  // feature may be anything, else 0
+  // tile_class_sums, for the body to fill in: the coefficients of the class sums, [C][ld], and which pixels have any: -1
+  // where the feature may be anything, else 0
   T* g;
   BitsOf<T>* counted;
 
