@@ -16,8 +16,7 @@ void pool_labels(const PoolArguments& p, const FeatureView& f, LabelCheck& check
     return [&, masks = Masks<T>(p, check), own = OwnClasses<T>(tile, C), squares = Buffer<T>(padded),
             scale = Buffer<T>(padded, true)](Tile<T>& t, T* total) mutable {
       masks.read(t.b, t.y, t.x, t.n);
-      std::fill_n(squares.get(), padded, T(0));
-      t.pack_channels(p.normalize ? squares.get() : nullptr, [](int64_t, int64_t) {});
+      t.pack(p.normalize ? squares.get() : nullptr);
       for (int64_t i = 0; i < t.n; ++i) {
         scale[i] = masks.weights[i] * (p.normalize ? inverse_norm(squares[i], T(p.eps)) : T(1));
         if (masks.labels[i] >= 0) sums.masses[t.index * C + masks.labels[i]] += double(masks.weights[i]);
@@ -34,17 +33,15 @@ void pool_masks(const PoolArguments& p, const FeatureView& f, LabelCheck& check,
   const int64_t C = p.C, cp = round_up(C, kLanes<T>),
                 padded = round_up(tile_pixels(f.D, sizeof(T)), kLanes<T>);
   const Buffer<T> total = tile_class_sums<T>(f, C, [&] {
-    return [&, masks = Masks<T>(p, check), squares = Buffer<T>(padded)](Tile<T>& t) mutable {
+    return [&, masks = Masks<T>(p, check), squares = Buffer<T>(padded)](Tile<T>& t, T* g) mutable {
       masks.read(t.b, t.y, t.x, t.n);
-      std::fill_n(squares.get(), padded, T(0));
-      t.pack_channels(p.normalize ? squares.get() : nullptr, [](int64_t, int64_t) {});
+      t.pack(p.normalize ? squares.get() : nullptr);
       for (int64_t i = 0; i < t.n; ++i) {
         const T scale = masks.weights[i] * (p.normalize ? inverse_norm(squares[i], T(p.eps)) : T(1));
         masks.each(i, [&](int64_t c, T m) {
-          t.g[c * t.ld + i] = m * scale;
+          g[c * t.ld + i] = m * scale;
           sums.masses[t.index * C + c] += double(m) * double(masks.weights[i]);
         });
-        t.counted[i] = 0;
       }
     };
   });
@@ -64,8 +61,7 @@ void backward_labels(const Backward<T>& to, const Buffer<T>& q) {
       masks.read(t.b, t.y, t.x, t.n);
       own.find(masks.labels.get(), t.n);
       std::fill_n(dots.get(), padded, T(0));
-      std::fill_n(squares.get(), padded, T(0));
-      t.pack_channels(squares.get(), [&](int64_t d, int64_t n) {
+      t.pack_channels(p.normalize ? squares.get() : nullptr, [&](int64_t d, int64_t n) {
         own.add_dots(t.f + d * t.ld, t.ld, n, vectors + d, f.D, dots.get());
       });
       std::fill_n(along.get(), padded, T(0));
@@ -100,7 +96,7 @@ void backward_masks(const Backward<T>& to, const Buffer<T>& q) {
             result = Buffer<T>(to.features ? f.D * tile_stride<T>(tile) : 0)](Tile<T>& t, T*) mutable {
       const T* vectors = &q[t.b * f.D * cp];
       masks.read(t.b, t.y, t.x, t.n);
-      t.products(vectors, cp, C, z.get(), ldg, squares.get(), to.features);
+      t.products(vectors, cp, C, z.get(), ldg, p.normalize ? squares.get() : nullptr, to.features);
       std::fill_n(gt.get(), C * ldg, T(0));
       std::fill_n(norm.get(), ldg, T(0));
       for (int64_t i = 0; i < t.n; ++i) {

@@ -12,19 +12,18 @@ struct Tile {
   const FeatureView& view;
   int64_t b, y, x, n;  // pixels [x, x + n) of row y of image b
   int64_t index;       // among the tiles of the batch, see tile_count
-  T* f;                // packed features [D][ld], zero in the columns behind n
+  T* f;                // packed features [D][ld], zero behind n to the end of the last vector
   int64_t ld;
-  // tile_class_sums, for the body to fill in: the coefficients of the class sums, [C][ld], and which pixels have any: -1
-  // where the feature may be anything, else 0
-  T* g;
-  BitsOf<T>* counted;
 
-  void pack() { pack_row(view, b, y, x, n, ld, f, ld); }
-  // Packs a few channels at a time, adds their squares to squares[p] unless it is null, and calls f(d, count) for each of
-  // these runs, while it is in the first-level cache.
+  void pack(T* squares = nullptr) {
+    pack_channels(squares, [](int64_t, int64_t) {});
+  }
+  // Packs a few channels at a time and calls f(d, count) for each of these runs, while it is in the first-level cache;
+  // squares[p] = |f(p)|^2 unless it is null.
   template <class F>
   void pack_channels(T* squares, const F& f) {
     const bool direct = is_direct();
+    if (squares) std::fill_n(squares, padded(), T(0));
     each_channels([&](int64_t d, int64_t count) {
       T* own = this->f + d * ld;
       if (direct) {
@@ -44,11 +43,11 @@ struct Tile {
   }
   static constexpr int64_t kChannels = 16;
 
-  // z[c][p] = <f(p), q_c> for C classes, q as [D][cp], and squares[p] = |f(p)|^2, up to the end of the last vector. Reads
+  // z[c][p] = <f(p), q_c> for C classes, q as [D][cp], up to the end of the last vector, and squares as pack_channels. Reads
   // the features once; packs them on the way if they are to be `packed` for later steps, see clear_uncounted for `labels`.
   void products(const T* q, int64_t cp, int64_t C, T* z, int64_t ldz, T* squares, bool packed,
                 const BitsOf<T>* labels = nullptr) {
-    std::fill_n(squares, padded(), T(0));
+    if (squares) std::fill_n(squares, padded(), T(0));
     for_class_runs<T>(C, ldz, [&](int64_t c, int64_t classes) {
       for (int64_t k = c; k < c + classes; ++k) std::fill_n(z + k * ldz, padded(), T(0));
       auto from_packed = [&](int64_t d, int64_t count) {
@@ -113,7 +112,7 @@ Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& mak
       const int64_t b = task / chunks, chunk = task % chunks;
       for (int64_t i = tiles * chunk / chunks; i < tiles * (chunk + 1) / chunks; ++i) {
         const int64_t y = i / per_row, x = i % per_row * tile, n = std::min(tile, f.w - x);
-        Tile<T> t{f, b, y, x, n, b * tiles + i, packed.get(), ld, nullptr, nullptr};
+        Tile<T> t{f, b, y, x, n, b * tiles + i, packed.get(), ld};
         body(t, &partial[task * size]);
       }
     };
@@ -127,22 +126,19 @@ Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& mak
   return total;
 }
 
-// The same with body(tile), which packs the tile and leaves its coefficients in t.g. Returns [B][D][cp]: for each image
-// sum over its counted pixels of f[d][p] g[c][p], for C classes.
+// The same with body(tile, g), which packs the tile and fills in g, [C][ld of the tile]. Returns [B][D][cp]: for each image
+// sum over its pixels of f[d][p] g[c][p], for C classes.
 template <class T, class MakeBody>
 Buffer<T> tile_class_sums(const FeatureView& f, int64_t C, const MakeBody& make_body) {
   const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile), cp = round_up(C, kLanes<T>);
   return sum_over_tiles<T>(f, f.D * cp, [&] {
-    return [&, cp, body = make_body(), g = Buffer<T>(C * ld), counted = Buffer<BitsOf<T>>(ld)](
-               Tile<T>& t, T* total) mutable {
+    return [&, cp, body = make_body(), g = Buffer<T>(C * ld)](Tile<T>& t, T* total) mutable {
       const int64_t padded = round_up(t.n, kLanes<T>);
-      t.g = g.get(), t.counted = counted.get();
-      body(t);
-      for (int64_t c = 0; c < C; ++c) std::fill(t.g + c * t.ld + t.n, t.g + c * t.ld + padded, T(0));
+      body(t, g.get());
+      for (int64_t c = 0; c < C; ++c) std::fill(&g[c * ld + t.n], &g[c * ld + padded], T(0));
       for_channel_blocks(f.D, [&](auto block, int64_t d) {
-        constexpr int N = decltype(block)::value;
-        t.clear_uncounted(t.counted, d, N);
-        add_class_sums<N, T>(t.f + d * t.ld, t.ld, padded, t.g, t.ld, C, total + d * cp, cp);
+        add_class_sums<decltype(block)::value, T>(t.f + d * ld, ld, padded, g.get(), ld, C, total + d * cp,
+                                                  cp);
       });
     };
   });
@@ -152,15 +148,15 @@ Buffer<T> tile_class_sums(const FeatureView& f, int64_t C, const MakeBody& make_
 template <class T>
 Buffer<T> adjoint_class_sums(const FeatureView& f, const CellAdjoint<T>& adjoint, int64_t C) {
   return tile_class_sums<T>(f, C, [&] {
-    return [&](Tile<T>& t) {
-      t.pack();
-      std::fill_n(t.counted, t.n, BitsOf<T>(-1));
+    return [&, touched = Buffer<BitsOf<T>>(tile_stride<T>(tile_pixels(f.D, sizeof(T))))](Tile<T>& t, T* g) {
+      std::fill_n(touched.get(), t.n, BitsOf<T>(-1));
       for (int64_t c = 0; c < C; ++c)
         for (int64_t p = 0; p < t.n; ++p) {
           const T v = adjoint.dot(t.b, t.y, t.x + p, c);
-          t.g[c * t.ld + p] = v;
-          if (v != T(0)) t.counted[p] = 0;
+          g[c * t.ld + p] = v;
+          if (v != T(0)) touched[p] = 0;
         }
+      t.pack_channels(nullptr, [&](int64_t d, int64_t n) { t.clear_uncounted(touched.get(), d, n); });
     };
   });
 }
