@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 
+#include "common/kept_memory.h"
 #include "common/simd.h"
 #include "common/threads.h"
 #include "pssl_build_config.h"  // written by build_tools/native.py
@@ -63,7 +64,11 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  pssl::simd_level();  // a wrong PSSL_SIMD fails the import, with the reason
+  // a wrong PSSL_SIMD or PSSL_KEEP_MIB fails the import, with the reason
+  pssl::simd_level();
+  pssl::kept_limit();
   m.doc() = "Native kernels of pssl_ext; importing this registers them with torch.";
   m.def("build_info", &build_info, "How this library was built and what it uses on this machine, as a dict.");
+  m.def("release_memory", &pssl::release_kept,
+        "Gives kept memory back to the system; returns how many bytes.");
 }

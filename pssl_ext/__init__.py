@@ -6,7 +6,7 @@ Every operator has a plain PyTorch reference (its specification) and compiled ke
 which of them runs, ``python -m pssl_ext.env`` what was built.
 """
 
-from pssl_ext.backends import explain, load_native
+from pssl_ext.backends import explain, load_native, release_memory
 from pssl_ext.ops.cam_compare import cam_compare
 from pssl_ext.ops.cam_regions import cam_regions
 from pssl_ext.ops.cam_sweep import cam_sweep
@@ -28,4 +28,5 @@ __all__ = [
     "prototype_contrast",
     "prototype_pool",
     "random_walk",
+    "release_memory",
 ]

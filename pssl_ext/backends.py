@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,7 @@ def load_native() -> None:
         importlib.import_module("pssl_ext._C")
     except ImportError as error:
         # a setting that cannot be followed is the user's to mend, not to pass over
-        if "PSSL_SIMD" in str(error):
+        if "PSSL_" in str(error):
             raise
         load_error = str(error)
         warnings.warn(
@@ -56,6 +57,19 @@ def load_native() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def release_memory() -> int:
+    """Gives the system what the CPU kernels keep of freed gradients and other large results; returns how many bytes.
+
+    Results of 4 MiB and more lie in memory that is kept when they are freed and taken for the next ones, since the
+    system takes longer to clear new pages than the kernels take to fill them. It keeps at most ``PSSL_KEEP_MIB``
+    (1024), in which the system may help itself to pages where it has none left; so this is needed only to see how much
+    a process really uses. Linux; elsewhere, and without the compiled kernels, nothing is kept. Memory on GPUs is
+    torch's: ``torch.cuda.empty_cache``.
+    """
+    native = sys.modules.get("pssl_ext._C")
+    return native.release_memory() if native else 0
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pssl_ext import release_memory
+
 from .problem import Problem
 
 Peaks = tuple[int, int]  # bytes of the forward pass, of both
@@ -103,7 +105,9 @@ def _profiled(call: Call, *activities: torch.profiler.ProfilerActivity) -> tuple
 def _resident(call: Call) -> Peaks:
     """By how much the process's resident memory grows during a call; 0 where Linux does not tell."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # or memory that malloc has kept would be taken again unseen
+        # or memory that malloc or our kernels have kept would be taken again unseen
+        ctypes.CDLL(None).malloc_trim(0)
+        release_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before, forward = _status("VmRSS"), []
         call(lambda: forward.append(_status("VmHWM")))

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "common/kept_memory.h"
 #include "common/simd.h"
 #include "common/types.h"
 
@@ -120,41 +121,39 @@ struct FeatureView {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-constexpr int64_t kHugePage = int64_t(2) << 20;
-constexpr int64_t kHugePages = 2 * kHugePage;  // bytes from which on they are worth asking for
-
 // Asks for huge pages for what lies within large memory that is about to be written for the first time: page by page,
 // the system takes longer over it than the kernels do. Where it refuses, nothing is lost.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr int64_t page = 4096;
-  if (bytes < kHugePages) return;
+  if (bytes < kLargeMemory) return;
   const int64_t begin = round_up(int64_t(reinterpret_cast<intptr_t>(memory)), page);
   const int64_t end = (int64_t(reinterpret_cast<intptr_t>(memory)) + bytes) / page * page;
   madvise(reinterpret_cast<void*>(intptr_t(begin)), size_t(end - begin), MADV_HUGEPAGE);
 #endif
 }
 
-// A new tensor, about to be written for the first time. Each huge page is touched beforehand, by one thread: the system
-// clears a page before it looks whether another thread has just brought it in, and the kernels' threads, which write to
-// all channels of neighbouring pixels, would all clear every page.
-inline Tensor in_huge_pages(Tensor t) {
+// A new tensor like `t`, which has not been touched yet: where it is large, in memory that is kept. Each huge page is touched
+// beforehand, by one thread: the system clears a page before it looks whether another thread has just brought it in, and the
+// kernels' threads, which write to all channels of neighbouring pixels, would all clear every page.
+inline Tensor in_kept_memory(Tensor t) {
   const int64_t bytes = t.numel() * int64_t(t.element_size());
-  if (bytes < kHugePages) return t;
-  char* memory = static_cast<char*>(t.mutable_data_ptr());
-  prefer_huge_pages(memory, bytes);
-  torch::stable::parallel_for(0, bytes / kHugePage, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) memory[(i + 1) * kHugePage - 1] = 0;
+  const KeptBlock block = bytes < kLargeMemory ? KeptBlock{} : take_block(bytes);
+  if (!block.memory) return t;
+  char* const memory = static_cast<char*>(block.memory);
+  torch::stable::parallel_for(0, block.bytes / kHugePage, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) memory[i * kHugePage] = 0;
   });
-  return t;
+  return torch::stable::from_blob(memory, t.sizes(), t.strides(), t.device(), t.scalar_type(),
+                                  [block](void*) { give_back(block); });
 }
 
 inline Tensor new_tensor(std::vector<int64_t> sizes, ScalarType type) {
-  return in_huge_pages(torch::stable::empty(sizes, type));
+  return in_kept_memory(torch::stable::empty(sizes, type));
 }
 
 // For a gradient: the sizes, the type and, where it is dense, the layout of `argument`.
-inline Tensor new_like(const Tensor& argument) { return in_huge_pages(torch::stable::empty_like(argument)); }
+inline Tensor new_like(const Tensor& argument) { return in_kept_memory(torch::stable::empty_like(argument)); }
 
 // The element of a one-element floating tensor.
 inline double scalar_value(const Tensor& t) {
