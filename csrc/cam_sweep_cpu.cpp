@@ -1,7 +1,7 @@
 // cam_sweep on the CPU: a histogram [ground truth, best class, thresholds below the maximum] (identity 2).
 //
-// Threads take runs of rows, each with a histogram of its own over the classes of one image at a time: small enough for
-// the first-level cache. Counts are integers, so that the order in which they are added up does not matter.
+// Threads take runs of rows by turns, each with a histogram of its own of the image it is at. Counts are integers, so that
+// the order in which they are added up does not matter.
 #include <cmath>
 #include <deque>
 #include <limits>
@@ -10,6 +10,7 @@
 
 #include "cam_sweep.h"
 #include "common/resize_cpu.h"
+#include "common/tasks_cpu.h"
 
 namespace {
 
@@ -70,6 +71,8 @@ struct Thresholds {
   }
 };
 
+constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max();  // pixels of a histogram
+
 template <class T>
 struct Image {
   ResizedMaps<T> cams;
@@ -78,6 +81,8 @@ struct Image {
   int64_t first_task;                                // among those of all images
   std::vector<std::pair<int64_t, int64_t>> classes;  // (region number, map), ascending: ties go to the lowest
   std::vector<T> divisor;                            // for each of `classes`; empty where nothing is divided
+  Buffer<int32_t> waiting;                           // the histograms of threads that are through with it
+  int64_t counted = 0;                               // the tasks in there, or added up already
   LabelCheck check;
 
   Image(const Tensor& cam, const Tensor& ids, const Tensor& ground_truth, int64_t index, int64_t regions,
@@ -100,7 +105,10 @@ struct Image {
     }
     std::stable_sort(classes.begin(), classes.end(), [](auto a, auto b) { return a.first < b.first; });
   }
-  int64_t slots() const { return std::max<int64_t>(1, classes.size()); }  // of the histogram
+  int64_t slots() const { return std::max<int64_t>(1, classes.size()); }    // of the histogram
+  bool has(int64_t task) const { return task - first_task < tasks.count; }  // of those from first_task on
+  // Whether a histogram counts all of its pixels, or else those of a task.
+  bool fits() const { return cams.W == 0 || cams.H <= kMostCounted / cams.W; }
 };
 
 // One thread's row.
@@ -134,8 +142,8 @@ class Sweep {
       images_.emplace_back(cams[i], class_ids[i], ground_truth[i], int64_t(i), C_, tasks_);
       tasks_ += images_.back().tasks.count;
       const int64_t pixels = images_.back().tasks.rows * images_.back().cams.W;
-      STD_TORCH_CHECK(pixels <= std::numeric_limits<int32_t>::max() - kMostCounted, kOp, ": ground_truth[", i,
-                      "] must have rows of less than 2^31 - 2^22 pixels, got ", images_.back().cams.W);
+      STD_TORCH_CHECK(pixels <= kMostCounted, kOp, ": ground_truth[", i,
+                      "] must have rows of less than 2^31 pixels, got ", images_.back().cams.W);
     }
     if (normalize) find_divisors();
   }
@@ -148,49 +156,62 @@ class Sweep {
     for (const auto& image : images_) most = std::max(most, histogram_size(image));
     STD_TORCH_CHECK(most < std::numeric_limits<int32_t>::max(), kOp,
                     ": num_regions × classes × thresholds = ", most, " is too large");
-    std::mutex adding;
-    torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      Buffer<int32_t> histogram(std::max(most, kWideHistogram));
-      int64_t counted = 0;
-      auto start = [&](const Image<T>& image) {
-        std::fill_n(histogram.get(), ways(image) * histogram_size(image), int32_t(0));
-        counted = 0;
-      };
-      auto finish = [&](const Image<T>& image) {
-        const int64_t size = histogram_size(image);
-        for (int64_t i = 0; i < size && ways(image) == kWays; ++i) {
-          int32_t sum = 0;
-          for (int64_t way = 0; way < kWays; ++way) sum += histogram[i * kWays + way];
-          histogram[i] = sum;
-        }
-        const std::lock_guard<std::mutex> lock(adding);
-        add_counts(image, histogram.get(), out);
-      };
-      auto task = [&](Image<T>& image, int64_t number, Scratch<T>& s) {
-        const int64_t pixels = image.tasks.rows * image.cams.W;
-        if (counted + pixels > kMostCounted) finish(image), start(image);
-        counted += pixels;
-        count_task(image, number, s, histogram.get());
-      };
-      each_task(begin, end, task, start, finish);
-    });
+    share_tasks(tasks_, [&] { return Counter(*this, most, out); });
     for (size_t i = 0; i < images_.size(); ++i)
       images_[i].check.raise_if_found(kOp, C_, ignore_, "ground_truth[" + std::to_string(i) + "]");
     return result;
   }
 
  private:
-  // task(image, number, scratch) for tasks [begin, end), between start(image) and finish(image)
-  template <class Task, class Start, class Finish>
-  void each_task(int64_t begin, int64_t end, const Task& task, const Start& start, const Finish& finish) {
-    Scratch<T> scratch(images_);
-    for (Image<T>& image : images_) {
-      const int64_t first = std::max(begin, image.first_task);
-      const int64_t last = std::min(end, image.first_task + image.tasks.count);
-      if (first >= last) continue;
-      start(image);
-      for (int64_t number = first; number < last; ++number) task(image, number, scratch);
-      finish(image);
+  // One thread's part: the pixels of its tasks, image after image.
+  struct Counter {
+    Sweep& sweep;
+    int64_t* out;
+    Scratch<T> scratch;
+    Buffer<int32_t> histogram;
+    size_t at = 0;                  // the image that the histogram is of
+    int64_t tasks = 0, pixels = 0;  // that are in it
+
+    Counter(Sweep& sweep, int64_t most, int64_t* out)
+        : sweep(sweep), out(out), scratch(sweep.images_), histogram(most) {}
+
+    void operator()(int64_t task) {
+      if (!sweep.images_[at].has(task)) finish();
+      Image<T>& image = sweep.image_of(task, at);
+      const int64_t more = image.tasks.rows * image.cams.W;
+      if (pixels > kMostCounted - more) finish();
+      if (tasks == 0) std::fill_n(histogram.get(), sweep.histogram_size(image), int32_t(0));
+      sweep.count_task(image, task, scratch, histogram.get());
+      ++tasks, pixels += more;
+    }
+    void finish() {
+      if (tasks > 0) sweep.add(sweep.images_[at], histogram.get(), tasks, out);
+      tasks = pixels = 0;
+    }
+  };
+
+  // The image of a task, looked for from number `at` on, which becomes its.
+  Image<T>& image_of(int64_t task, size_t& at) {
+    while (!images_[at].has(task)) ++at;
+    return images_[at];
+  }
+  // The last thread to be through with an image adds all their histograms up.
+  void add(Image<T>& image, int32_t* histogram, int64_t tasks, int64_t* out) {
+    const int64_t size = histogram_size(image);
+    auto add_to = [size](const int32_t* from, int32_t* to) {
+      for (int64_t i = 0; i < size; ++i) to[i] += from[i];
+    };
+    const std::lock_guard<std::mutex> lock(adding_);
+    const bool last = (image.counted += tasks) == image.tasks.count;
+    if (last || !image.fits()) {
+      if (image.waiting.get()) add_to(image.waiting.get(), histogram);
+      image.waiting = {};
+      add_counts(image, histogram, out);
+    } else if (image.waiting.get()) {
+      add_to(histogram, image.waiting.get());
+    } else {
+      image.waiting.reset(size);
+      std::copy_n(histogram, size, image.waiting.get());
     }
   }
   // Each class's maximum over its image, of the resized map, and the eps above it.
@@ -200,19 +221,18 @@ class Sweep {
     for (const auto& image : images_) most = std::max<int64_t>(most, image.classes.size());
     Buffer<T> top(tasks_ * most);
     std::fill_n(top.get(), tasks_ * most, lowest);
-    torch::stable::parallel_for(0, tasks_, 1, [&](int64_t begin, int64_t end) {
-      auto task = [&](Image<T>& image, int64_t number, Scratch<T>& s) {
+    share_tasks(tasks_, [&] {
+      return [&, s = Scratch<T>(images_), at = size_t(0)](int64_t task) mutable {
+        const Image<T>& image = image_of(task, at);
         for (size_t j = 0; j < image.classes.size(); ++j) {
-          T& largest = top[number * most + j];
+          T& largest = top[task * most + j];
           const FeatureView plane = image.cams.maps.plane(0, image.classes[j].second);
-          image.tasks.each_row(number - image.first_task, [&](int64_t y) {
+          image.tasks.each_row(task - image.first_task, [&](int64_t y) {
             const T* values = image.cams.row_in_place(plane, y, s.memory.get(), s.values.get());
             largest = largest_of(values, image.cams.W, largest);
           });
         }
       };
-      auto nothing = [](const Image<T>&) {};
-      each_task(begin, end, task, nothing, nothing);
     });
     for (auto& image : images_)
       for (size_t j = 0; j < image.classes.size(); ++j) {
@@ -223,20 +243,10 @@ class Sweep {
       }
   }
 
-  // Neighbours mostly fall into one bin, and adding to a number that was just stored waits for the store: so they are
-  // counted in histograms of their own, side by side, as long as these stay well within the second-level cache.
-  static constexpr int64_t kWays = 4;
-  static constexpr int64_t kWideHistogram = 1 << 15;  // numbers in all ways together, at most
-  // Pixels that a histogram of 32 bits counts before it is added up, beside those of a task, which fit too (the
-  // constructor looks): half the memory to clear and to read than with 64 bits.
-  static constexpr int64_t kMostCounted = 1 << 22;
+  static constexpr int64_t kPart = 128;  // pixels
 
-  // [C + 1, slots, bins]; labels that do not count come last
+  // [C + 1, bins, slots]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
-
-  int64_t ways(const Image<T>& image) const {
-    return kWays * histogram_size(image) <= kWideHistogram ? kWays : 1;
-  }
 
   void count_task(Image<T>& image, int64_t task, Scratch<T>& s, int32_t* histogram) const {
     const int64_t W = image.cams.W, k = int64_t(image.classes.size());
@@ -248,76 +258,82 @@ class Sweep {
         values[j] = image.cams.row_in_place(plane, y, s.memory.get(), &s.values[j * W]);
       }
       best_of_rows(values.data(), divisors, k, W, s.best.get(), s.slot.get());
-      count_row(image, y, s, histogram);
+      // the next row's CAMs are asked for while this one's pixels are worked on
+      for (int64_t x = 0; x < W; x += kPart) {
+        const int64_t n = std::min(kPart, W - x);
+        if (image.cams.same)
+          for (const T* row : values) prefetch(row + image.cams.maps.sy + x, n);
+        find_bins(image, y, x, n, s);
+      }
+      count_bins(s.bin.get(), W, histogram);
     });
   }
-  void count_row(Image<T>& image, int64_t y, Scratch<T>& s, int32_t* histogram) const {
-    const int64_t W = image.cams.W;
-    thresholds_.below_row(s.best.get(), W, s.bin.get());
+  static void prefetch(const T* values, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(values + i, 0, 2);
+  }
+  // s.bin of pixels [x, x + n) of row y
+  void find_bins(Image<T>& image, int64_t y, int64_t x, int64_t n, Scratch<T>& s) const {
+    int32_t* const bin = &s.bin[x];
+    thresholds_.below_row(&s.best[x], n, bin);
     if (image.truth.tensor->scalar_type() == ScalarType::Long) {
-      add_label_rows(image, y, s.slot.get(), s, s.wide_truth.get());
+      add_labels(image, y, x, n, &s.slot[x], s.wide_truth.get(), bin);
     } else {
-      add_label_rows(image, y, s.slot.get(), s, s.truth.get());
-    }
-    if (ways(image) == kWays) {
-      count_bins<kWays>(s.bin.get(), W, histogram);
-    } else {
-      count_bins<1>(s.bin.get(), W, histogram);
+      add_labels(image, y, x, n, &s.slot[x], s.truth.get(), bin);
     }
   }
-  template <int64_t N>
+  // Neighbours mostly fall into one bin, and adding to a number that was just stored waits for the store: pixels a quarter
+  // of the row apart are taken by turns.
   static void count_bins(const int32_t* bin, int64_t n, int32_t* histogram) {
-    int64_t x = 0;
-    for (; x + N <= n; x += N)
-      for (int64_t way = 0; way < N; ++way) ++histogram[bin[x + way] * N + way];
-    for (; x < n; ++x) ++histogram[bin[x] * N];
+    const int64_t quarter = n / 4;
+    for (int64_t x = 0; x < quarter; ++x)
+      for (int64_t k = 0; k < 4; ++k) ++histogram[bin[x + k * quarter]];
+    for (int64_t x = 4 * quarter; x < n; ++x) ++histogram[bin[x]];
   }
-  // s.bin += where the bins of each pixel's label and slot begin
+  // From thresholds below each pixel to where it is counted, by its label and slot.
   template <class Label>
-  PSSL_NOINLINE void add_label_rows(Image<T>& image, int64_t y, const int32_t* __restrict slot, Scratch<T>& s,
-                                    Label* __restrict truth) const {
-    const int64_t W = image.cams.W;
-    image.truth.read_plane(y, 0, W, truth);
+  PSSL_NOINLINE void add_labels(Image<T>& image, int64_t y, int64_t x0, int64_t n,
+                                const int32_t* __restrict slot, Label* __restrict truth,
+                                int32_t* __restrict bin) const {
+    image.truth.read_plane(y, x0, n, truth);
     const bool any_ignored = int64_t(Label(ignore_)) == ignore_;
     const Label C = Label(C_), ignored = Label(ignore_);
     const int32_t slots = int32_t(image.slots()), bins = int32_t(bins_);
-    int32_t* __restrict bin = s.bin.get(), bad = 0;
-    for (int64_t x = 0; x < W; ++x) {
+    int32_t bad = 0;
+    for (int64_t x = 0; x < n; ++x) {
       const bool inside = (truth[x] >= 0) & (truth[x] < C), ignore = any_ignored & (truth[x] == ignored);
       bad |= !(inside | ignore);
-      bin[x] += (int32_t(inside & !ignore ? truth[x] : C) * slots + slot[x]) * bins;
+      bin[x] = (int32_t(inside & !ignore ? truth[x] : C) * bins + bin[x]) * slots + slot[x];
     }
-    for (int64_t x = 0; x < W && bad; ++x)
+    for (int64_t x = 0; x < n && bad; ++x)
       if (truth[x] != ignore_ && (truth[x] < 0 || truth[x] >= C_)) image.check.found(truth[x]);
   }
 
-  // Pixels with at most j thresholds below them are background at threshold j. `out` is walked as it lies in memory: it
-  // is larger than a label's bins.
+  // Pixels with at most j thresholds below them are background at threshold j. Both arrays are walked as they lie in memory:
+  // together they fill the first-level cache many times.
   void add_counts(const Image<T>& image, const int32_t* histogram, int64_t* out) const {
-    const int64_t slots = image.slots();
-    std::vector<int64_t> regions(slots, 0), above(slots);
+    const int64_t slots = image.slots(), below_last = bins_ - 1;
+    std::vector<int64_t> regions(slots, 0), background(C_, 0);
     for (size_t slot = 0; slot < image.classes.size(); ++slot) regions[slot] = image.classes[slot].first;
-    for (int64_t label = 0; label < C_; ++label) {
-      const int32_t* bins = histogram + label * slots * bins_;
-      for (int64_t slot = 0; slot < slots; ++slot)
-        above[slot] = std::accumulate(bins + slot * bins_, bins + (slot + 1) * bins_, int64_t(0));
-      if (std::count(above.begin(), above.end(), 0) == slots) continue;
-      int64_t background = 0;
-      for (int64_t j = 0; j + 1 < bins_; ++j) {
+    std::vector<int32_t> above(C_ * slots, 0);
+    for (int64_t label = 0; label < C_; ++label)
+      for (int64_t j = 0; j <= below_last; ++j)
+        add_row(histogram + (label * bins_ + j) * slots, slots, &above[label * slots]);
+    for (int64_t j = 0; j < below_last; ++j)
+      for (int64_t label = 0; label < C_; ++label) {
+        const int32_t* below = histogram + (label * bins_ + j) * slots;
+        int32_t* own = &above[label * slots];
         int64_t* row = out + (thresholds_.order[j] * C_ + label) * C_;
-        for (int64_t slot = 0; slot < slots; ++slot) {
-          const int64_t below = bins[slot * bins_ + j];
-          background += below;
-          row[regions[slot]] += above[slot] -= below;
-        }
-        row[0] += background;
+        for (int64_t slot = 0; slot < slots; ++slot) background[label] += below[slot];
+        for (int64_t slot = 0; slot < slots; ++slot) own[slot] -= below[slot];
+        for (int64_t slot = 0; slot < slots; ++slot) row[regions[slot]] += own[slot];
+        row[0] += background[label];
       }
-    }
   }
 
   Thresholds<T> thresholds_;
   std::deque<Image<T>> images_;
   int64_t C_, bins_, ignore_, tasks_ = 0;
+  std::mutex adding_;
 };
 
 Tensor cam_sweep_cpu(const std::vector<Tensor>& cams, const std::vector<Tensor>& class_ids,

@@ -56,7 +56,8 @@ Kept& kept() {
 KeptBlock map(int64_t bytes) {
   // one huge page more, to begin at the boundary of one
   const int64_t room = bytes + kHugePage;
-  void* const memory = mmap(nullptr, size_t(room), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const memory =
+      mmap(nullptr, size_t(room), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return {};
   char* const begin = static_cast<char*>(memory);
   const int64_t before = -int64_t(reinterpret_cast<intptr_t>(begin)) & (kHugePage - 1);
@@ -74,7 +75,8 @@ void unmap(KeptBlock block) noexcept { munmap(block.memory, size_t(block.bytes))
 
 int64_t kept_limit() {
   if (!chosen())
-    throw std::invalid_argument("PSSL_KEEP_MIB must be a number of MiB, 0 for none, got '" + requested() + "'");
+    throw std::invalid_argument("PSSL_KEEP_MIB must be a number of MiB, 0 for none, got '" + requested() +
+                                "'");
   return *chosen();
 }
 

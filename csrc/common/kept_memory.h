@@ -11,7 +11,8 @@
 namespace pssl {
 
 constexpr int64_t kHugePage = int64_t(2) << 20;
-constexpr int64_t kLargeMemory = 2 * kHugePage;  // bytes from which on memory is kept, and huge pages are asked for
+constexpr int64_t kLargeMemory =
+    2 * kHugePage;  // bytes from which on memory is kept, and huge pages are asked for
 
 struct KeptBlock {
   void* memory = nullptr;
