@@ -5,13 +5,12 @@
 //   d/d |F|^2  = -u^2/2 sum_c a (softmax_c - [c = r]) z_c u
 //
 // z and |F|^2 come from the feature grid (identity 1) and g goes back there; the label grid never meets D. Where the
-// grids are the same, each tile goes through these steps while it is in the cache. Prototypes that are not valid stand
-// as zero vectors with a bias that no logit reaches.
+// grids are the same, each tile goes through these steps while it is in the cache, and what the forward pass has saved of z
+// and |F|^2 the backward pass does not compute again. Prototypes that are not valid stand as zero vectors with a bias that
+// no logit reaches.
 #include "prototype_contrast_cpu.h"
 
 #include <tuple>
-
-#include "common/tile_pass_cpu.h"
 
 namespace {
 
@@ -62,8 +61,9 @@ void label_pass(const Problem& p, const FeatureView& f, const PlaneMaps<T>& maps
   });
 }
 
+// The loss, the total weight and, if they are to be saved, the products.
 template <class T>
-std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
+std::tuple<Tensor, Tensor, Tensor> contrast_forward(const Problem& p, bool save) {
   auto f = FeatureView::of(p.features);
   const ClassVectors<T> classes(p);
   const int64_t C = classes.C, H = p.H(), W = p.W();
@@ -73,20 +73,25 @@ std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
   LabelCheck check;
   Buffer<double> counted;
   int64_t parts = 0;
+  Tensor saved = new_tensor({0}, scalar_type_of<T>);
   if (p.same_grid()) {
     if (p.is_flat()) f = f.flat();
+    if (save) saved = new_tensor(saved_sizes<T>(f, C), scalar_type_of<T>);
+    T* const all = saved.numel() > 0 ? saved.mutable_data_ptr<T>() : nullptr;
     counted.reset(parts = f.B * tile_count<T>(f), true);
     const int64_t tile = tile_pixels(f.D, sizeof(T)), ldz = tile_stride<T>(tile);
     sum_over_tiles<T>(f, 0, [&] {
-      return [&, pixels = Pixels<T>(p, classes, nullptr, check), z = Buffer<T>(C * ldz),
-              squares = Buffer<T>(ldz)](Tile<T>& t, T*) mutable {
+      return [&, pixels = Pixels<T>(p, classes, nullptr, check), logits = Buffer<T>(C * kLanes<T>),
+              room = Buffer<T>((C + 1) * ldz)](Tile<T>& t, T*) mutable {
+        T* const z = all ? all + t.index * (C + 1) * ldz : room.get();
+        T* const squares = z + C * ldz;
         pixels.reserve(tile);
         pixels.read(t.b, t.y, t.x, t.n);
-        t.products(classes.vectors(t.b), classes.cp, C, z.get(), ldz, squares.get(), false);
+        t.products(classes.vectors(t.b), classes.cp, C, z, ldz, squares, false);
         for (int64_t i = 0; i < t.n; i += kLanes<T>) {
           const int64_t n = std::min<int64_t>(kLanes<T>, t.n - i);
-          const LaneSoftmax<T> softmax(logits_of(&z[i], ldz, inverse_norms(&squares[i], eps)), &z[i], nullptr,
-                                       ldz, C, pixels.labels_at(i, n), classes.bias_of(t.b),
+          const LaneSoftmax<T> softmax(logits_of(&z[i], ldz, inverse_norms(&squares[i], eps)), logits.get(),
+                                       nullptr, kLanes<T>, C, pixels.labels_at(i, n), classes.bias_of(t.b),
                                        classes.mask_of(t.b));
           store_part<T>(out + (t.b * H + t.y) * W + t.x + i, softmax.loss * load<T>(&pixels.weights[i]), n);
         }
@@ -123,13 +128,14 @@ std::tuple<Tensor, Tensor> contrast_forward(const Problem& p) {
   double sum = 0;
   for (int64_t i = 0; i < parts; ++i) sum += counted[i];
   *total.mutable_data_ptr<T>() = T(sum);
-  return {loss, total};
+  return {loss, total, saved};
 }
 
+// `saved`: what the forward pass has saved, null where nothing.
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional<Tensor>& grad_loss,
                                                              const std::optional<Tensor>& grad_total,
-                                                             const Problem& p, const Tensor& temperature,
+                                                             const Tensor* saved, const Problem& p,
                                                              const std::vector<bool>& needs) {
   auto f = FeatureView::of(p.features);
   const ClassVectors<T> classes(p);
@@ -157,20 +163,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
         p.is_flat() && (!grad_loss || is_flat_map(*grad_loss)) && (!needs[0] || is_flat_map(grad_features));
     if (flat) f = f.flat(), out = out.flat();
     const int64_t tile = tile_pixels(f.D, sizeof(T)), ldz = tile_stride<T>(tile);
+    // what the forward pass has saved is of no use where it had other tiles
+    const bool use = saved && saved->numel() > 0 && flat == p.is_flat();
+    const std::vector<int64_t> sizes = saved_sizes<T>(f, C);
+    STD_TORCH_CHECK(
+        !use || (saved->dim() == 3 && std::equal(sizes.begin(), sizes.end(), saved->sizes().begin())), kOp,
+        ": saved must be what the forward pass of the same arguments returned");
+    const T* const all = use ? saved->const_data_ptr<T>() : nullptr;
     sums = sum_over_tiles<T>(f, class_sums ? f.D * cp : 0, [&] {
-      return [&, pixels = Pixels<T>(p, classes, gradient, check), squares = Buffer<T>(ldz),
-              z = Buffer<T>(C * ldz), logits = Buffer<T>(C * ldz), norm = Buffer<T>(ldz),
+      return [&, pixels = Pixels<T>(p, classes, gradient, check), room = Buffer<T>(all ? 0 : (C + 1) * ldz),
+              g = Buffer<T>(C * ldz), logits = Buffer<T>(C * ldz), norm = Buffer<T>(ldz),
               result = Buffer<T>(Tile<T>::kChannels * tile_stride<T>(tile))](Tile<T>& t, T* total) mutable {
         pixels.reserve(tile);
         pixels.read(t.b, t.y, t.x, t.n);
-        t.products(vectors(t.b), cp, C, z.get(), ldz, squares.get(), true, pixels.labels.get());
+        const BitsOf<T>* const labels = pixels.labels.get();
+        if (!all) t.products(vectors(t.b), cp, C, room.get(), ldz, room.get() + C * ldz, true, labels);
+        const T* const z = all ? all + t.index * (C + 1) * ldz : room.get();
+        const T* const squares = z + C * ldz;
         for (int64_t i = 0; i < t.n; i += kLanes<T>) {
           const int64_t n = std::min<int64_t>(kLanes<T>, t.n - i);
           const Vec<T> a = load<T>(&pixels.gradients[i]) * load<T>(&pixels.weights[i]);
           const Vec<T> inverse = inverse_norms(&squares[i], eps);
-          const LaneSoftmax<T> softmax(logits_of(&z[i], ldz, inverse), logits.get(), &z[i], ldz, C,
+          const LaneSoftmax<T> softmax(logits_of(&z[i], ldz, inverse), logits.get(), &g[i], ldz, C,
                                        pixels.labels_at(i, n), classes.bias_of(t.b), classes.mask_of(t.b));
-          store<T>(&norm[i], T(2) * softmax.backward(&z[i], logits.get(), inverse, a));
+          store<T>(&norm[i], T(2) * softmax.backward(&g[i], logits.get(), inverse, a));
           write_weights(softmax, pixels, i, n, t.b, t.y, t.x + i);
         }
         // both products by turns, a few channels at a time: they read the same features and g
@@ -180,19 +196,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
             const int64_t d = begin + i;
             const T* own = t.f + d * t.ld;
             if (class_sums)
-              add_class_sums<N, T>(own, t.ld, round_up(t.n, kLanes<T>), z.get(), ldz, C, total + d * cp, cp);
+              add_class_sums<N, T>(own, t.ld, round_up(t.n, kLanes<T>), g.get(), ldz, C, total + d * cp, cp);
             if (!needs[0]) return;
             const auto along = [&, ld = t.ld, k = norm.get()](int64_t row, int64_t p) {
               return load<T>(k + p) * load<T>(own + row * ld + p);
             };
-            tile_combine(vectors(t.b) + d * cp, cp, C, N, z.get(), ldz, along, o + i * ldo, ldo, t.n);
+            tile_combine(vectors(t.b) + d * cp, cp, C, N, g.get(), ldz, along, o + i * ldo, ldo, t.n);
           });
         };
-        t.each_channels([&](int64_t d, int64_t n) {
+        auto part = [&](int64_t d, int64_t n) {
           if (!needs[0]) return gradients(d, n, nullptr, 0);
           write_row(out.channels(d, n), t.b, t.y, t.x, t.n, result.get(), t.ld,
                     [&](T* o, int64_t ldo) { gradients(d, n, o, ldo); });
-        });
+        };
+        if (all) {
+          t.pack_channels(nullptr, part, labels);
+        } else {
+          t.each_channels(part);
+        }
       };
     });
   } else {
@@ -237,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
   }
   check.raise_if_found(kOp, C, p.ignore_index);
 
-  Tensor grad_prototypes = no_gradient(p.prototypes), grad_temperature = no_gradient(temperature);
+  Tensor grad_prototypes = no_gradient(p.prototypes), grad_temperature = no_gradient(p.temperature);
   if (class_sums) {
     Tensor d_prototypes = new_tensor({int64_t(classes.norm.size()) * classes.D}, scalar_type_of<T>);
     Tensor d_temperature = new_tensor({}, scalar_type_of<T>);
@@ -246,10 +267,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
     *d_temperature.mutable_data_ptr<T>() = T(dt);
     std::vector<int64_t> shape(p.prototypes.sizes().begin(), p.prototypes.sizes().end());
     if (needs[1]) grad_prototypes = in_layout_of(p.prototypes, torch::stable::view(d_prototypes, shape));
-    if (needs[2]) grad_temperature = in_layout_of(temperature, d_temperature);
+    if (needs[2]) grad_temperature = in_layout_of(p.temperature, d_temperature);
   }
   if (needs[3]) d_weights = in_layout_of(*p.weights, d_weights);
   return {grad_features, grad_prototypes, grad_temperature, d_weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Problem& p, bool save) {
+  p.check(kOp);
+  return with_accumulation({p.features.scalar_type(), p.prototypes.scalar_type()},
+                           [&](auto zero) { return contrast_forward<decltype(zero)>(p, save); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>& grad_loss,
+                                                    const std::optional<Tensor>& grad_total,
+                                                    const Tensor* saved, const Problem& p,
+                                                    const std::vector<bool>& needs) {
+  p.check(kOp);
+  return with_accumulation({p.features.scalar_type(), p.prototypes.scalar_type()}, [&](auto zero) {
+    return contrast_backward<decltype(zero)>(grad_loss, grad_total, saved, p, needs);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> prototype_contrast_saving_cpu(
+    const Tensor& features, const Tensor& prototypes, const Tensor& regions, const Tensor& temperature,
+    const std::optional<Tensor>& valid, const std::optional<Tensor>& weights, int64_t ignore_index,
+    bool align_corners, double eps) {
+  return forward(
+      {{features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps},
+       scalar_value(temperature)},
+      true);
 }
 
 std::tuple<Tensor, Tensor> prototype_contrast_cpu(const Tensor& features, const Tensor& prototypes,
@@ -257,12 +304,23 @@ std::tuple<Tensor, Tensor> prototype_contrast_cpu(const Tensor& features, const 
                                                   const std::optional<Tensor>& valid,
                                                   const std::optional<Tensor>& weights, int64_t ignore_index,
                                                   bool align_corners, double eps) {
-  const Problem p{
-      {features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps},
-      scalar_value(temperature)};
-  p.check(kOp);
-  return with_accumulation({features.scalar_type(), prototypes.scalar_type()},
-                           [&](auto zero) { return contrast_forward<decltype(zero)>(p); });
+  const auto [loss, total, saved] =
+      forward({{features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps},
+               scalar_value(temperature)},
+              false);
+  return {loss, total};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_contrast_backward_saved_cpu(
+    const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_total, const Tensor& saved,
+    const Tensor& features, const Tensor& prototypes, const Tensor& regions, const Tensor& temperature,
+    const std::optional<Tensor>& valid, const std::optional<Tensor>& weights, int64_t ignore_index,
+    bool align_corners, double eps, const std::vector<bool>& needs) {
+  return backward(
+      grad_loss, grad_total, &saved,
+      {{features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps},
+       scalar_value(temperature)},
+      needs);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_contrast_backward_cpu(
@@ -270,13 +328,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prototype_contrast_backward_cpu(
     const Tensor& prototypes, const Tensor& regions, const Tensor& temperature,
     const std::optional<Tensor>& valid, const std::optional<Tensor>& weights, int64_t ignore_index,
     bool align_corners, double eps, const std::vector<bool>& needs) {
-  const Problem p{
-      {features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps},
-      scalar_value(temperature)};
-  p.check(kOp);
-  return with_accumulation({features.scalar_type(), prototypes.scalar_type()}, [&](auto zero) {
-    return contrast_backward<decltype(zero)>(grad_loss, grad_total, p, temperature, needs);
-  });
+  return backward(
+      grad_loss, grad_total, nullptr,
+      {{features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps},
+       scalar_value(temperature)},
+      needs);
 }
 
 }  // namespace
@@ -285,4 +341,6 @@ STABLE_TORCH_LIBRARY_IMPL(pssl, CPU, m) {
   if (!simd_chosen()) return;
   m.impl("prototype_contrast", TORCH_BOX(&prototype_contrast_cpu));
   m.impl("prototype_contrast_backward", TORCH_BOX(&prototype_contrast_backward_cpu));
+  m.impl("prototype_contrast_saving", TORCH_BOX(&prototype_contrast_saving_cpu));
+  m.impl("prototype_contrast_backward_saved", TORCH_BOX(&prototype_contrast_backward_saved_cpu));
 }

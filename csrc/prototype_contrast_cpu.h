@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/label_block_cpu.h"
+#include "common/tile_pass_cpu.h"
 #include "prototype_contrast.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
@@ -17,6 +18,13 @@ struct Problem : ContrastArguments {
     return is_flat_map(features) && is_flat_map(regions) && (!weights || is_flat_map(*weights));
   }
 };
+
+// What the forward pass of a call whose grids are the same may leave to the backward pass, [tiles][C + 1][ld]: for each tile
+// of `f` its products with the classes and, in the last row, |F|^2.
+template <class T>
+std::vector<int64_t> saved_sizes(const FeatureView& f, int64_t C) {
+  return {f.B * tile_count<T>(f), C + 1, tile_stride<T>(tile_pixels(f.D, sizeof(T)))};
+}
 
 // The prototypes as the products want them.
 template <class T>

@@ -14,30 +14,41 @@ import torch
 _BELOW = torch._C._after_autograd_keyset
 
 
-def formula(op: Any, op_backward: Any, schema: Any, differentiable: list[int]) -> Callable:
+def formula(
+    op: Any, op_backward: Any, schema: Any, differentiable: list[int], op_saving: Any = None
+) -> Callable:
     """``run(args, keyset=None)``: ``op`` on the schema's arguments, recorded where one of them asks for a gradient.
 
     ``op_backward`` takes the outputs' gradients (None: zero), the same arguments and a flag for each of the arguments
     ``differentiable``, and returns their gradients. ``keyset`` is the dispatcher's where it is the caller.
+    ``op_saving`` runs instead of ``op`` where a gradient is recorded: it returns a tensor more, for ``op_backward``,
+    which takes it behind the outputs' gradients.
     """
     kinds = [str(argument.type) for argument in schema.arguments]
     lists = [i for i, kind in enumerate(kinds) if kind == "List[Tensor]"]
     slots = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]") or i in lists]
     single = len(differentiable) == 1
 
-    def below(args: tuple, keyset: Any) -> Any:
+    recorded = op if op_saving is None else op_saving
+
+    def below(op: Any, args: tuple, keyset: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args) if keyset is None else op.redispatch(keyset & _BELOW, *args)
 
     def forward(ctx: Any, keyset: Any, args: tuple, *tensors: Any) -> Any:
-        ctx.save_for_backward(*tensors)
+        outputs = below(recorded, args, keyset)
+        if op_saving is None:
+            ctx.save_for_backward(*tensors)
+        else:
+            ctx.save_for_backward(*tensors, outputs[-1])
+            outputs = outputs[:-1]
         ctx.set_materialize_grads(False)
         # what the tape holds beside the tensors: how long each list is, and the rest as it is
         rest = list(args)
         for i in slots:
             rest[i] = len(args[i]) if i in lists else 1
         ctx.rest = rest
-        return below(args, keyset)
+        return outputs
 
     def backward(ctx: Any, *grads: Any) -> tuple:
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
@@ -50,7 +61,8 @@ def formula(op: Any, op_backward: Any, schema: Any, differentiable: list[int]) -
         needs = [True in wanted[spans[i]] for i in differentiable]
         results = [None] * len(wanted)
         if True in needs and any(g is not None for g in grads):
-            found = op_backward(*grads, *args, needs)
+            # saved[start:] is what op_saving left
+            found = op_backward(*grads, *saved[start:], *args, needs)
             for i, needed, gradient in zip(differentiable, needs, (found,) if single else found, strict=True):
                 if needed:
                     results[spans[i]] = gradient if i in lists else (gradient,)
@@ -62,7 +74,7 @@ def formula(op: Any, op_backward: Any, schema: Any, differentiable: list[int]) -
 
     def run(args: tuple, keyset: Any = None) -> Any:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return below(args, keyset)
+            return below(op, args, keyset)
         tensors: list[Any] = []
         for i in slots:
             tensors.extend(args[i]) if i in lists else tensors.append(args[i])

@@ -73,7 +73,7 @@ def release_memory() -> int:
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question
-def _has_kernel(op: str, device_type: str) -> bool:
+def has_kernel(op: str, device_type: str) -> bool:
     if (op, device_type) in _there:
         return True
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
@@ -132,7 +132,7 @@ def why_not(
     if backend == "native":
         if load_error is not None:
             return f"pssl_ext._C could not be imported ({load_error})"
-        if not _has_kernel(op, device_type):
+        if not has_kernel(op, device_type):
             return f"this build of pssl_ext._C holds no {device_type} kernel for {op}"
         return None
     if backend == "triton":

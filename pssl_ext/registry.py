@@ -74,6 +74,9 @@ class OpSpec:
     (forward, backward): every input read once, every output written once. ``reference_bound`` says what the reference
     is limited to, where it is, and ``approximation`` how far kernels are from it, where they are. ``triton`` says why
     the Triton kernels cannot take the schema's arguments (None: they can); None where there are no such kernels.
+    ``saves`` says whether the forward pass of the schema's arguments had better leave the backward pass something,
+    where a device has kernels that do: ``<name>_saving``, which returns a tensor more, and ``<name>_backward_saved``,
+    which takes it behind the outputs' gradients.
     """
 
     name: str
@@ -88,6 +91,7 @@ class OpSpec:
     reference_bound: str = ""
     approximation: Approximation | None = None
     triton: Callable[..., str | None] | None = None
+    saves: Callable[..., bool] | None = None
     #: first argument of the schema that is a tensor or a list of tensors: its device is the call's device
     argument_names: tuple[str, ...] = field(default=())
     output_count: int = 1
@@ -123,6 +127,7 @@ def define_op(
     reference_bound: str = "",
     approximation: Approximation | None = None,
     triton: Callable[..., str | None] | None = None,
+    saves: Callable[..., bool] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Decorates the public function: registers ``pssl::<function name>`` and returns the function unchanged."""
 
@@ -144,6 +149,7 @@ def define_op(
             reference_bound=reference_bound,
             approximation=approximation,
             triton=triton,
+            saves=saves,
             argument_names=tuple(a.name for a in parsed.arguments),
             output_count=len(parsed.returns),
         )
@@ -153,6 +159,8 @@ def define_op(
                 f"define_op: {name} has no argument {sorted(unknown)}; it has {spec.argument_names}"
             )
         _register(spec, parsed, name, _composite_forward(spec), _composite_backward(spec))
+        if saves is not None:
+            _register_saving(spec, parsed)
         if triton is not None:
             forward, backward = _triton_kernel(name, "forward"), _triton_kernel(name, "backward")
             _register(spec, parsed, spec.entry("triton"), forward, backward)
@@ -174,6 +182,15 @@ def _register(spec: OpSpec, parsed: Any, entry: str, forward: Callable, backward
         _register_backward(spec, parsed, entry, backward)
 
 
+def _register_saving(spec: OpSpec, parsed: Any) -> None:
+    """Defines the pair that ``spec.saves`` chooses, see there; kernels of devices that have one implement it."""
+    forward, backward = spec.name + "_saving", spec.name + "_backward_saved"
+    _library.define(forward + spec.schema[:-1] + ", Tensor)")
+    _library.define(backward + _backward_schema(spec, parsed, "Tensor saved, "))
+    op, op_backward = (getattr(torch.ops.pssl, name).default for name in (forward, backward))
+    _RECORDED[forward] = formula(spec.op, op_backward, parsed, _differentiable_indices(spec), op)
+
+
 def call(name: str, backend: str, *args: Any) -> Any:
     """Runs operator ``name`` on schema arguments ``args`` by the backend that ``backend`` chooses."""
     spec = OPS[name]
@@ -188,7 +205,10 @@ def call(name: str, backend: str, *args: Any) -> Any:
     # what others transform or trace is the dispatcher's to call, as is what has no gradient
     if traced or not spec.differentiable:
         return spec.op_of(chosen)(*args)
-    return _RECORDED[spec.entry(chosen)](args)
+    entry = spec.entry(chosen)
+    if spec.saves is not None and backends.has_kernel(entry + "_saving", device.type) and spec.saves(*args):
+        entry += "_saving"
+    return _RECORDED[entry](args)
 
 
 def _traced() -> bool:
@@ -333,14 +353,15 @@ def _split_backward_args(spec: OpSpec, all_args: tuple) -> tuple[tuple, tuple, A
     return all_args[:n], all_args[n:-1], all_args[-1]
 
 
-def _backward_schema(spec: OpSpec, parsed: Any) -> str:
-    """Gradients of the outputs (None: zero), the forward's arguments, and for each gradient whether it is wanted."""
+def _backward_schema(spec: OpSpec, parsed: Any, more: str = "") -> str:
+    """Gradients of the outputs (None: zero), ``more``, the forward's arguments, and for each gradient whether it is
+    wanted."""
     grads = ", ".join(f"Tensor? grad_{i}" for i in range(spec.output_count))
     forward = spec.schema[1 : spec.schema.rindex("->")].strip()[:-1]
     results = ", ".join(
         "Tensor[]" if _is_list(parsed.arguments[i]) else "Tensor" for i in _differentiable_indices(spec)
     )
-    return f"({grads}, {forward}, bool[] needs) -> ({results})"
+    return f"({grads}, {more}{forward}, bool[] needs) -> ({results})"
 
 
 def _is_list(argument: Any) -> bool:

@@ -122,7 +122,11 @@ PSSL_NOINLINE void add_class_sums(const T* f, int64_t ld, int64_t pixels, const 
                                   T* s, int64_t cp) {
   auto classes = [&](auto rows, int64_t c) {
     constexpr int R = decltype(rows)::value;
-    Vec<T> sum[R][N] = {};
+    Vec<T> sum[R][N];  // cleared one by one: GCC would clear the array in memory
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) sum[r][i] = Vec<T>{};
     for (int64_t p = 0; p < pixels; p += kLanes<T>) {
       Vec<T> x[N];
 #pragma GCC unroll 4

@@ -19,20 +19,21 @@ struct Tile {
     pack_channels(squares, [](int64_t, int64_t) {});
   }
   // Packs a few channels at a time and calls f(d, count) for each of these runs, while it is in the first-level cache;
-  // squares[p] = |f(p)|^2 unless it is null.
+  // squares[p] = |f(p)|^2 unless it is null; with `labels`, see clear_uncounted.
   template <class F>
-  void pack_channels(T* squares, const F& f) {
+  void pack_channels(T* squares, const F& f, const BitsOf<T>* labels = nullptr) {
     const bool direct = is_direct();
     if (squares) std::fill_n(squares, padded(), T(0));
     each_channels([&](int64_t d, int64_t count) {
       T* own = this->f + d * ld;
       if (direct) {
-        take(d, count, nullptr, 0, 0, nullptr, 0, squares, true, nullptr);
+        take(d, count, nullptr, 0, 0, nullptr, 0, squares, true, labels);
       } else {
         pack_row(view.channels(d, count), b, y, x, n, ld, own, ld);
         const int64_t next = std::min(kChannels, view.D - d - count);
         if (next > 0) prefetch_row(view.channels(d + count, next), b, y, x, n);
         if (squares) add_packed_products<T>(own, ld, padded(), count, nullptr, 0, 0, nullptr, 0, squares);
+        if (labels) clear_uncounted(labels, d, count);
       }
       f(d, count);
     });

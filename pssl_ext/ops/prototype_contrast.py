@@ -68,6 +68,16 @@ def _triton(
     return triton_limits("regions", prototypes.shape[-2], features, prototypes)
 
 
+def _saves(
+    features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps
+) -> bool:
+    """Whether the products of the pixels with the prototypes, and their squares, are saved for the gradient: on the
+    CPU, on one grid, where they take an eighth of the features' bytes at most."""
+    products = (prototypes.shape[-2] + 1) * accumulation_dtype(features, prototypes).itemsize
+    one_grid = features.device.type == "cpu" and regions.shape[1:] == features.shape[2:]
+    return one_grid and 8 * products <= features.shape[1] * features.element_size()
+
+
 def _bytes_moved(
     features: Tensor, prototypes: Tensor, regions: Tensor, weights: Tensor | None = None, **_
 ) -> tuple[int, int]:
@@ -104,6 +114,10 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         return Sample(id, {**args, **more})
 
     yield case("same_grid", 2, 19, 5, (9, 11), (9, 11))
+    # few classes beside the channels: the CPU's kernels save the products
+    yield case("same_grid_saved", 2, 64, 3, (17, 32), (17, 32))
+    tall = dict(weights=torch.rand(2, 5, 60, generator=g, dtype=torch.float64).to(wide_dtype).to(device))
+    yield case("same_grid_saved_weighted", 2, 80, 4, (5, 60), (5, 60), **tall)
     yield case("label_grid_8x", 2, 17, 5, (5, 7), (40, 56))
     yield case(
         "label_grid_odd", 2, 33, 4, (6, 5), (23, 31), regions=regions(2, 4, 23, 31, integer=torch.uint8)
@@ -147,6 +161,7 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     differentiable=("features", "prototypes", "temperature", "weights"),
     check_values=_check_values,
     triton=_triton,
+    saves=_saves,
 )
 def prototype_contrast(
     features: Tensor,  # [B,D,h,w]
@@ -169,8 +184,9 @@ def prototype_contrast(
         \ell(x) = -\log \frac{\exp(\cos(F(x), p_{r(x)})/\tau)}{\sum_{c\ \mathrm{valid}} \exp(\cos(F(x), p_c)/\tau)}
 
     F is never formed (for bilinear weights a_i, ⟨F(x),p⟩ = Σ a_i⟨f_i,p⟩ and ‖F(x)‖² = Σ a_i a_j⟨f_i,f_j⟩) and the
-    logits are never stored: extra memory is [B,C,h,w] on the feature grid where the grids differ, and none that grows
-    with D.
+    logits of the label grid are never stored: extra memory is [B,C,h,w] on the feature grid where the grids differ, and
+    none that grows with D. Where they are the same, the CPU's kernels keep [B,C+1,h,w] from the forward to the backward
+    pass, if that is an eighth of the features' memory at most, and save a fifth of the time.
 
     Args:
         features: [B,D,h,w], float16, bfloat16, float32 or float64, any strides.

@@ -36,10 +36,27 @@ def pytest_configure(config):
     library = torch.library.Library(NAMESPACE, "IMPL")
     LIBRARIES.append(library)  # lives as long as the process
     for name, spec in OPS.items():
-        library.impl(name, on_device(spec.op, "cuda"), "CPU", allow_override=True)
+        forward, backward = on_device(spec.op, "cuda"), None
+        library.impl(name, forward, "CPU", allow_override=True)
         if spec.differentiable:
             backward = on_device(spec.op_backward, "cuda")
             library.impl(f"{name}_backward", backward, "CPU", allow_override=True)
+        if spec.saves is not None:
+            plain_instead(library, spec, forward, backward)
+
+
+def plain_instead(library: torch.library.Library, spec: Any, forward: Callable, backward: Callable) -> None:
+    """Where CPU kernels would save something for the backward pass, these save nothing."""
+    outputs = spec.output_count
+
+    def saving(*args: Any) -> tuple:
+        return (*forward(*args), torch.empty(0))
+
+    def backward_saved(*args: Any) -> Any:
+        return backward(*args[:outputs], *args[outputs + 1 :])
+
+    library.impl(f"{spec.name}_saving", saving, "CPU", allow_override=True)
+    library.impl(f"{spec.name}_backward_saved", backward_saved, "CPU", allow_override=True)
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def test_the_reasons_of_triton(monkeypatch):
 def triton_there(monkeypatch):
     """As on a machine with a GPU and Triton, without CUDA kernels."""
     monkeypatch.setattr(backends, "_why_no_triton", lambda op, device_type: None)
-    monkeypatch.setattr(backends, "_has_kernel", lambda op, device_type: device_type == "cpu")
+    monkeypatch.setattr(backends, "has_kernel", lambda op, device_type: device_type == "cpu")
     monkeypatch.setattr(backends, "load_error", None)
     monkeypatch.setattr(backends, "_warned", set())
 
@@ -105,13 +105,13 @@ def test_auto_takes_triton_where_no_cuda_was_compiled(triton_there, monkeypatch)
     backends._warned.clear()
     with pytest.warns(RuntimeWarning, match="triton: Triton kernels take at most 256 regions, got 257"):
         assert choose(torch.float32, 257) == "dispatcher"
-    monkeypatch.setattr(backends, "_has_kernel", lambda op, device_type: True)
+    monkeypatch.setattr(backends, "has_kernel", lambda op, device_type: True)
     assert choose(torch.float32, 3) == "dispatcher"
     assert pssl_ext.explain("prototype_pool", cuda) == "prototype_pool on cuda: native"
 
 
 def test_triton_on_the_cpu_is_for_who_asks(triton_there, monkeypatch):
-    monkeypatch.setattr(backends, "_has_kernel", lambda op, device_type: False)
+    monkeypatch.setattr(backends, "has_kernel", lambda op, device_type: False)
     assert backends.choose("prototype_pool", "auto", torch.device("cpu")) == "dispatcher"
     assert backends.choose("prototype_pool", "triton", torch.device("cpu")) == "triton"
     assert "triton: runs on cpu only when asked for" in pssl_ext.explain("prototype_pool", "cpu")

@@ -36,14 +36,14 @@ def touched(n, size, counted, align_corners):
     return cells
 
 
-def half_ignored(op, device, grid, size, align_corners, value):
+def half_ignored(op, device, grid, size, align_corners, value, channels=6):
     """(arguments with ``value`` wherever nothing counts, mask of the cells that hold it): the right part is
     ignored."""
     g = torch.Generator().manual_seed(5)
     regions = torch.randint(0, 3, (2, *size), generator=g)
     first = size[1] // 2
     regions[..., first:] = 255
-    features = torch.randn(2, 6, *grid, generator=g)
+    features = torch.randn(2, channels, *grid, generator=g)
     untouched = sorted(set(range(grid[1])) - touched(grid[1], size[1], range(first), align_corners))
     assert untouched
     features[..., untouched] = value
@@ -53,7 +53,7 @@ def half_ignored(op, device, grid, size, align_corners, value):
     if op == "prototype_pool":
         args["num_regions"] = 3
     else:
-        prototypes = torch.randn(4, 6, generator=g)
+        prototypes = torch.randn(4, channels, generator=g)
         prototypes[3] = value
         args |= dict(
             prototypes=prototypes,
@@ -64,9 +64,9 @@ def half_ignored(op, device, grid, size, align_corners, value):
     return args, untouched
 
 
-def check_ignored(op, device, grid, size, align_corners=False, value=math.nan, backend="auto"):
-    args, untouched = half_ignored(op, device, grid, size, align_corners, value)
-    clean, _ = half_ignored(op, device, grid, size, align_corners, 1.0)
+def check_ignored(op, device, grid, size, align_corners=False, value=math.nan, backend="auto", channels=6):
+    args, untouched = half_ignored(op, device, grid, size, align_corners, value, channels)
+    clean, _ = half_ignored(op, device, grid, size, align_corners, 1.0, channels)
     got, expected = run(OPS[op], args, backend).named(), run(OPS[op], clean, backend).named()
     for name, tensor in expected.items():
         assert bool(got[name].isfinite().all()), f"{op} {grid}: {value} reaches {name}"
@@ -84,6 +84,14 @@ def check_ignored(op, device, grid, size, align_corners=False, value=math.nan, b
 @pytest.mark.parametrize("op", OPERATORS)
 def test_nan_does_not_reach(op, device, grid, size, align_corners, value):
     check_ignored(op, device, grid, size, align_corners, value)
+
+
+@pytest.mark.parametrize("grid", [(9, 11), (8, 12)])
+@pytest.mark.parametrize("device", devices())
+@pytest.mark.parametrize("op", OPERATORS)
+def test_nan_does_not_reach_with_many_channels(op, device, grid):
+    """So many that prototype_contrast saves its products on the CPU."""
+    check_ignored(op, device, grid, grid, channels=48)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
