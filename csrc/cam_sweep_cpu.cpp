@@ -150,15 +150,15 @@ class Sweep {
 
   Tensor counts() {
     Tensor result = new_tensor({bins_ - 1, C_, C_}, ScalarType::Long);
-    int64_t* out = result.mutable_data_ptr<int64_t>();
-    std::fill_n(out, (bins_ - 1) * C_ * C_, int64_t(0));
+    const Buffer<int64_t> total(bins_ * C_ * C_, true);
     int64_t most = 0;
     for (const auto& image : images_) most = std::max(most, histogram_size(image));
     STD_TORCH_CHECK(most < std::numeric_limits<int32_t>::max(), kOp,
                     ": num_regions × classes × thresholds = ", most, " is too large");
-    share_tasks(tasks_, [&] { return Counter(*this, most, out); });
+    share_tasks(tasks_, [&] { return Counter(*this, most, total.get()); });
     for (size_t i = 0; i < images_.size(); ++i)
       images_[i].check.raise_if_found(kOp, C_, ignore_, "ground_truth[" + std::to_string(i) + "]");
+    if (result.numel() > 0) sum_up(total.get(), result.mutable_data_ptr<int64_t>());
     return result;
   }
 
@@ -166,14 +166,14 @@ class Sweep {
   // One thread's part: the pixels of its tasks, image after image.
   struct Counter {
     Sweep& sweep;
-    int64_t* out;
+    int64_t* total;
     Scratch<T> scratch;
     Buffer<int32_t> histogram;
     size_t at = 0;                  // the image that the histogram is of
     int64_t tasks = 0, pixels = 0;  // that are in it
 
-    Counter(Sweep& sweep, int64_t most, int64_t* out)
-        : sweep(sweep), out(out), scratch(sweep.images_), histogram(most) {}
+    Counter(Sweep& sweep, int64_t most, int64_t* total)
+        : sweep(sweep), total(total), scratch(sweep.images_), histogram(most) {}
 
     void operator()(int64_t task) {
       if (!sweep.images_[at].has(task)) finish();
@@ -185,7 +185,7 @@ class Sweep {
       ++tasks, pixels += more;
     }
     void finish() {
-      if (tasks > 0) sweep.add(sweep.images_[at], histogram.get(), tasks, out);
+      if (tasks > 0) sweep.add(sweep.images_[at], histogram.get(), tasks, total);
       tasks = pixels = 0;
     }
   };
@@ -196,7 +196,7 @@ class Sweep {
     return images_[at];
   }
   // The last thread to be through with an image adds all their histograms up.
-  void add(Image<T>& image, int32_t* histogram, int64_t tasks, int64_t* out) {
+  void add(Image<T>& image, int32_t* histogram, int64_t tasks, int64_t* total) {
     const int64_t size = histogram_size(image);
     auto add_to = [size](const int32_t* from, int32_t* to) {
       for (int64_t i = 0; i < size; ++i) to[i] += from[i];
@@ -206,7 +206,7 @@ class Sweep {
     if (last || !image.fits()) {
       if (image.waiting.get()) add_to(image.waiting.get(), histogram);
       image.waiting = {};
-      add_counts(image, histogram, out);
+      add_counts(image, histogram, total);
     } else if (image.waiting.get()) {
       add_to(histogram, image.waiting.get());
     } else {
@@ -308,26 +308,37 @@ class Sweep {
       if (truth[x] != ignore_ && (truth[x] < 0 || truth[x] >= C_)) image.check.found(truth[x]);
   }
 
-  // Pixels with at most j thresholds below them are background at threshold j. Both arrays are walked as they lie in memory:
-  // together they fill the first-level cache many times.
-  void add_counts(const Image<T>& image, const int32_t* histogram, int64_t* out) const {
-    const int64_t slots = image.slots(), below_last = bins_ - 1;
-    std::vector<int64_t> regions(slots, 0), background(C_, 0);
-    for (size_t slot = 0; slot < image.classes.size(); ++slot) regions[slot] = image.classes[slot].first;
-    std::vector<int32_t> above(C_ * slots, 0);
-    for (int64_t label = 0; label < C_; ++label)
-      for (int64_t j = 0; j <= below_last; ++j)
-        add_row(histogram + (label * bins_ + j) * slots, slots, &above[label * slots]);
-    for (int64_t j = 0; j < below_last; ++j)
+  // To `total`, [bins][C][C], by label and region; consecutive regions lie side by side in both.
+  void add_counts(const Image<T>& image, const int32_t* histogram, int64_t* total) const {
+    const int64_t slots = image.slots(), k = int64_t(image.classes.size());
+    auto region = [&](int64_t slot) { return k ? image.classes[slot].first : int64_t(0); };
+    for (int64_t slot = 0, end = 0; slot < slots; slot = end) {
+      for (end = slot + 1; end < slots && region(end) == region(end - 1) + 1;) ++end;
+      for (int64_t bin = 0; bin < bins_; ++bin)
+        for (int64_t label = 0; label < C_; ++label) {
+          const int32_t* from = histogram + (label * bins_ + bin) * slots + slot;
+          int64_t* to = total + (bin * C_ + label) * C_ + region(slot);
+          for (int64_t i = 0; i < end - slot; ++i) to[i] += from[i];
+        }
+    }
+  }
+  // At threshold j pixels are of their best class if more than j thresholds are below them, and else background.
+  void sum_up(const int64_t* total, int64_t* out) const {
+    const int64_t plane = C_ * C_;
+    std::vector<int64_t> above(plane, 0), pixels(C_, 0);
+    for (int64_t bin = 0; bin < bins_; ++bin)
+      for (int64_t label = 0; label < C_; ++label)
+        pixels[label] = std::accumulate(total + (bin * C_ + label) * C_, total + (bin * C_ + label + 1) * C_,
+                                        pixels[label]);
+    for (int64_t j = bins_ - 2; j >= 0; --j) {
+      add_row(total + (j + 1) * plane, plane, above.data());
+      int64_t* own = out + thresholds_.order[j] * plane;
+      std::copy(above.begin(), above.end(), own);
       for (int64_t label = 0; label < C_; ++label) {
-        const int32_t* below = histogram + (label * bins_ + j) * slots;
-        int32_t* own = &above[label * slots];
-        int64_t* row = out + (thresholds_.order[j] * C_ + label) * C_;
-        for (int64_t slot = 0; slot < slots; ++slot) background[label] += below[slot];
-        for (int64_t slot = 0; slot < slots; ++slot) own[slot] -= below[slot];
-        for (int64_t slot = 0; slot < slots; ++slot) row[regions[slot]] += own[slot];
-        row[0] += background[label];
+        const int64_t* row = &above[label * C_];
+        own[label * C_] = pixels[label] - std::accumulate(row + 1, row + C_, int64_t(0));
       }
+    }
   }
 
   Thresholds<T> thresholds_;
