@@ -243,7 +243,7 @@ class Sweep {
       }
   }
 
-  static constexpr int64_t kPart = 128;  // pixels
+  static constexpr int64_t kPart = 64;  // pixels
 
   // [C + 1, bins, slots]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
@@ -269,7 +269,7 @@ class Sweep {
     });
   }
   static void prefetch(const T* values, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(values + i, 0, 2);
+    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(values + i);
   }
   // s.bin of pixels [x, x + n) of row y
   void find_bins(Image<T>& image, int64_t y, int64_t x, int64_t n, Scratch<T>& s) const {
