@@ -206,8 +206,10 @@ def call(name: str, backend: str, *args: Any) -> Any:
     if traced or not spec.differentiable:
         return spec.op_of(chosen)(*args)
     entry = spec.entry(chosen)
-    if spec.saves is not None and backends.has_kernel(entry + "_saving", device.type) and spec.saves(*args):
-        entry += "_saving"
+    if chosen == "dispatcher" and spec.saves is not None and spec.saves(*args):
+        saving = entry + "_saving"
+        if backends.has_kernel(saving, device.type):
+            entry = saving
     return _RECORDED[entry](args)
 
 
