@@ -198,21 +198,15 @@ class Sweep {
   // The last thread to be through with an image adds all their histograms up.
   void add(Image<T>& image, int32_t* histogram, int64_t tasks, int64_t* total) {
     const int64_t size = histogram_size(image);
-    auto add_to = [size](const int32_t* from, int32_t* to) {
-      for (int64_t i = 0; i < size; ++i) to[i] += from[i];
-    };
     const std::lock_guard<std::mutex> lock(adding_);
     const bool last = (image.counted += tasks) == image.tasks.count;
-    if (last || !image.fits()) {
-      if (image.waiting.get()) add_to(image.waiting.get(), histogram);
-      image.waiting = {};
-      add_counts(image, histogram, total);
-    } else if (image.waiting.get()) {
-      add_to(histogram, image.waiting.get());
-    } else {
-      image.waiting.reset(size);
-      std::copy_n(histogram, size, image.waiting.get());
+    if (!last && image.fits()) {
+      if (!image.waiting.get()) image.waiting.reset(size, true);
+      return add_row(histogram, size, image.waiting.get());
     }
+    if (image.waiting.get()) add_row(image.waiting.get(), size, histogram);
+    image.waiting = {};
+    add_counts(image, histogram, total);
   }
   // Each class's maximum over its image, of the resized map, and the eps above it.
   void find_divisors() {

@@ -1,12 +1,11 @@
 """Large results on the CPU lie in memory that is kept from one to the next (csrc/common/kept_memory.h)."""
 
-import os
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from new_python import in_new_python
 
 from pssl_ext import prototype_contrast, prototype_pool, release_memory
 
@@ -108,16 +107,6 @@ def test_threads_at_once():
     assert not wrong
 
 
-def in_new_process(code: str, keep: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PSSL_KEEP_MIB": keep},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 FREED = """
 import torch
 from pssl_ext import prototype_pool, release_memory
@@ -134,13 +123,13 @@ print(release_memory() >> 20)
 @pytest.mark.parametrize(("keep", "kept"), [("0", 0), ("6", 6), ("10", 6), ("", 16)])
 def test_no_more_is_kept_than_asked_for(keep, kept):
     """Blocks of 6, 10 and 6 MiB: the oldest goes where there is no room for both."""
-    done = in_new_process(FREED, keep)
+    done = in_new_python(FREED, PSSL_KEEP_MIB=keep)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == kept
 
 
 @pytest.mark.parametrize("keep", ["-1", "much"])
 def test_a_limit_that_is_no_number_fails_the_import(keep):
-    done = in_new_process("import pssl_ext", keep)
+    done = in_new_python("import pssl_ext", PSSL_KEEP_MIB=keep)
     assert done.returncode != 0
     assert f"PSSL_KEEP_MIB must be a number of MiB, 0 for none, got '{keep}'" in done.stderr

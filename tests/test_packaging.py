@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from new_python import in_new_python
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPPORTED = {"75", "80", "86", "89", "90", "100", "120"}
@@ -224,17 +225,6 @@ def extension() -> None:
     """Skips where there is no compiled extension: a references-only installation is a supported one."""
     if importlib.util.find_spec("pssl_ext._C") is None:
         pytest.skip("the native extension is not built")
-
-
-def in_new_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in another process: the level is chosen once in each."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 LOAD = """

@@ -36,13 +36,13 @@ def pytest_configure(config):
     library = torch.library.Library(NAMESPACE, "IMPL")
     LIBRARIES.append(library)  # lives as long as the process
     for name, spec in OPS.items():
-        forward, backward = on_device(spec.op, "cuda"), None
+        forward = on_device(spec.op, "cuda")
         library.impl(name, forward, "CPU", allow_override=True)
         if spec.differentiable:
             backward = on_device(spec.op_backward, "cuda")
             library.impl(f"{name}_backward", backward, "CPU", allow_override=True)
-        if spec.saves is not None:
-            plain_instead(library, spec, forward, backward)
+            if spec.saves is not None:
+                plain_instead(library, spec, forward, backward)
 
 
 def plain_instead(library: torch.library.Library, spec: Any, forward: Callable, backward: Callable) -> None:
