@@ -78,9 +78,9 @@ std::tuple<Tensor, Tensor, Tensor> contrast_forward(const Problem& p, bool save)
     if (p.is_flat()) f = f.flat();
     if (save) saved = new_tensor(saved_sizes<T>(f, C), scalar_type_of<T>);
     T* const all = saved.numel() > 0 ? saved.mutable_data_ptr<T>() : nullptr;
-    counted.reset(parts = f.B * tile_count<T>(f), true);
+    counted.reset(parts = f.B * Tiling<T>::packed(f).count, true);
     const int64_t tile = tile_pixels(f.D, sizeof(T)), ldz = tile_stride<T>(tile);
-    sum_over_tiles<T>(f, 0, [&] {
+    sum_over_tiles<T>(f, Tiling<T>::packed(f), 0, [&] {
       return [&, pixels = Pixels<T>(p, classes, nullptr, check), logits = Buffer<T>(C * kLanes<T>),
               room = Buffer<T>((C + 1) * ldz)](Tile<T>& t, T*) mutable {
         T* const z = all ? all + t.index * (C + 1) * ldz : room.get();
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrast_backward(const std::optional
         !use || (saved->dim() == 3 && std::equal(sizes.begin(), sizes.end(), saved->sizes().begin())), kOp,
         ": saved must be what the forward pass of the same arguments returned");
     const T* const all = use ? saved->const_data_ptr<T>() : nullptr;
-    sums = sum_over_tiles<T>(f, class_sums ? f.D * cp : 0, [&] {
+    sums = sum_over_tiles<T>(f, Tiling<T>::packed(f), class_sums ? f.D * cp : 0, [&] {
       return [&, pixels = Pixels<T>(p, classes, gradient, check), room = Buffer<T>(all ? 0 : (C + 1) * ldz),
               g = Buffer<T>(C * ldz), logits = Buffer<T>(C * ldz), norm = Buffer<T>(ldz),
               result = Buffer<T>(Tile<T>::kChannels * tile_stride<T>(tile))](Tile<T>& t, T* total) mutable {

@@ -23,7 +23,7 @@ struct Problem : ContrastArguments {
 // of `f` its products with the classes and, in the last row, |F|^2.
 template <class T>
 std::vector<int64_t> saved_sizes(const FeatureView& f, int64_t C) {
-  return {f.B * tile_count<T>(f), C + 1, tile_stride<T>(tile_pixels(f.D, sizeof(T)))};
+  return {f.B * Tiling<T>::packed(f).count, C + 1, tile_stride<T>(tile_pixels(f.D, sizeof(T)))};
 }
 
 // The prototypes as the products want them.

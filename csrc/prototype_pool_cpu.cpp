@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> pool_forward(const PoolArguments& p) {
   if (p.same_grid() && is_flat(p)) f = f.flat();
   Tensor out = new_tensor({f.B, p.C, f.D}, scalar_type_of<T>);
   Tensor mass = new_tensor({f.B, p.C}, scalar_type_of<T>);
-  const int64_t parts = p.same_grid() ? tile_count<T>(f) : f.h;
+  const int64_t parts = !p.same_grid() ? f.h : tiling_of<T>(p, f).count;
   Sums<T> sums{out.mutable_data_ptr<T>(), Buffer<double>(f.B * parts * p.C, true)};
   LabelCheck check;
   if (!p.same_grid()) {

@@ -9,20 +9,40 @@
 namespace pssl::PSSL_SIMD_NAMESPACE {
 namespace pool {
 
+// With labels, the steps on a pixel are too few to be worth a copy of its features.
+template <class T>
+Tiling<T> tiling_of(const PoolArguments& p, const FeatureView& f) {
+  return p.soft() ? Tiling<T>::packed(f) : Tiling<T>::in_place(f);
+}
+
+// 1 / |F| of n pixels, 1 where features are taken as they are.
+template <class T>
+PSSL_NOINLINE void inverse_norms(const PoolArguments& p, const T* squares, int64_t n, T* inverse) {
+  const T eps = T(p.eps);
+  if (!p.normalize) std::fill_n(inverse, n, T(1));
+  for (int64_t i = 0; i < n && p.normalize; ++i) inverse[i] = inverse_norm(squares[i], eps);
+}
+
+template <class T>
+PSSL_NOINLINE void multiply(const T* a, const T* b, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = a[i] * b[i];
+}
+
 template <class T>
 void pool_labels(const PoolArguments& p, const FeatureView& f, LabelCheck& check, Sums<T>& sums) {
-  const int64_t C = p.C, tile = tile_pixels(f.D, sizeof(T)), padded = round_up(tile, kLanes<T>);
-  const Buffer<T> total = sum_over_tiles<T>(f, C * f.D, [&] {
+  const Tiling<T> tiling = tiling_of<T>(p, f);
+  const int64_t C = p.C, tile = tiling.tile, padded = round_up(tile, kLanes<T>);
+  const Buffer<T> total = sum_over_tiles<T>(f, tiling, C * f.D, [&] {
     return [&, masks = Masks<T>(p, check), own = OwnClasses<T>(tile, C), squares = Buffer<T>(padded),
             scale = Buffer<T>(padded, true)](Tile<T>& t, T* total) mutable {
       masks.read(t.b, t.y, t.x, t.n);
-      t.pack(p.normalize ? squares.get() : nullptr);
-      for (int64_t i = 0; i < t.n; ++i) {
-        scale[i] = masks.weights[i] * (p.normalize ? inverse_norm(squares[i], T(p.eps)) : T(1));
-        if (masks.labels[i] >= 0) sums.masses[t.index * C + masks.labels[i]] += double(masks.weights[i]);
-      }
       own.find(masks.labels.get(), t.n);
-      own.add_sums(t.f, t.ld, f.D, scale.get(), total);
+      for (int64_t i = 0; i < t.n; ++i)
+        if (masks.labels[i] >= 0) sums.masses[t.index * C + masks.labels[i]] += double(masks.weights[i]);
+      const Channels<T> features = t.place(p.normalize ? squares.get() : nullptr);
+      inverse_norms(p, squares.get(), t.n, scale.get());
+      multiply(scale.get(), masks.weights.get(), t.n, scale.get());
+      own.add_sums(features.f, features.ld, f.D, scale.get(), total);
     };
   });
   std::copy_n(total.get(), f.B * C * f.D, sums.out);
@@ -52,32 +72,34 @@ template <class T>
 void backward_labels(const Backward<T>& to, const Buffer<T>& q) {
   const PoolArguments& p = to.p;
   const FeatureView& f = to.f;
-  const int64_t tile = tile_pixels(f.D, sizeof(T)), padded = round_up(tile, kLanes<T>);
-  sum_over_tiles<T>(f, 0, [&] {
-    return [&, masks = Masks<T>(p, to.check), own = OwnClasses<T>(tile, p.C), dots = Buffer<T>(padded),
-            squares = Buffer<T>(padded), along = Buffer<T>(padded), back = Buffer<T>(padded),
-            result = Buffer<T>(Tile<T>::kChannels * tile_stride<T>(tile))](Tile<T>& t, T*) mutable {
+  const Tiling<T> tiling = tiling_of<T>(p, f);
+  const int64_t tile = tiling.tile, padded = round_up(tile, kLanes<T>), ld = tile_stride<T>(tile);
+  const bool products = p.normalize || to.written.weights;
+  sum_over_tiles<T>(f, tiling, 0, [&] {
+    return [&, masks = Masks<T>(p, to.check), own = OwnClasses<T>(tile, p.C), dots = Buffer<T>(padded, true),
+            squares = Buffer<T>(padded, true), inverse = Buffer<T>(padded), along = Buffer<T>(padded, true),
+            back = Buffer<T>(padded, true),
+            result = Buffer<T>(Tile<T>::kChannels * ld)](Tile<T>& t, T*) mutable {
       const T* vectors = &q[t.b * p.C * f.D];
       masks.read(t.b, t.y, t.x, t.n);
       own.find(masks.labels.get(), t.n);
       std::fill_n(dots.get(), padded, T(0));
-      t.pack_channels(p.normalize ? squares.get() : nullptr, [&](int64_t d, int64_t n) {
-        own.add_dots(t.f + d * t.ld, t.ld, n, vectors + d, f.D, dots.get());
+      std::fill_n(squares.get(), padded, T(0));
+      const Channels<T> features = t.place_channels([&](int64_t d, int64_t n, Channels<T> some) {
+        if (products) own.add_dots(some.f, some.ld, n, vectors + d, f.D, dots.get(), squares.get());
       });
-      std::fill_n(along.get(), padded, T(0));
-      std::fill_n(back.get(), padded, T(0));
-      for (int64_t i = 0; i < t.n; ++i) {
-        const T inverse = p.normalize ? inverse_norm(squares[i], T(p.eps)) : T(1), dot = dots[i] * inverse;
-        if (masks.labels[i] >= 0) {
-          along[i] = masks.weights[i] * inverse;
-          if (p.normalize) back[i] = T(2) * squared_norm_gradient(inverse, masks.weights[i] * dot);
-        }
-        to.written.write(masks, i, t.b, t.y, t.x + i, [&](int64_t) { return dot; });
-      }
+      inverse_norms(p, squares.get(), t.n, inverse.get());
+      multiply(dots.get(), inverse.get(), t.n, dots.get());
+      multiply(masks.weights.get(), inverse.get(), t.n, along.get());
+      for (int64_t i = 0; i < t.n; ++i)
+        back[i] = T(2) * squared_norm_gradient(inverse[i], masks.weights[i] * dots[i]);
+      for (int64_t i = 0; i < t.n && to.written.weights; ++i)
+        to.written.write(masks, i, t.b, t.y, t.x + i, [&](int64_t) { return dots[i]; });
       if (!to.features) return;
       t.each_channels([&](int64_t d, int64_t n) {
-        write_row(to.out.channels(d, n), t.b, t.y, t.x, t.n, result.get(), t.ld, [&](T* o, int64_t ldo) {
-          own.gradient(t.f + d * t.ld, t.ld, n, vectors + d, f.D, along.get(), back.get(), o, ldo);
+        write_row(to.out.channels(d, n), t.b, t.y, t.x, t.n, result.get(), ld, [&](T* o, int64_t ldo) {
+          own.gradient(features.f + d * features.ld, features.ld, n, vectors + d, f.D, along.get(),
+                       p.normalize ? back.get() : nullptr, o, ldo);
         });
       });
     };
@@ -90,7 +112,7 @@ void backward_masks(const Backward<T>& to, const Buffer<T>& q) {
   const FeatureView& f = to.f;
   const int64_t C = p.C, cp = round_up(C, kLanes<T>);
   const int64_t tile = tile_pixels(f.D, sizeof(T)), ldg = tile_stride<T>(tile);
-  sum_over_tiles<T>(f, 0, [&] {
+  sum_over_tiles<T>(f, tiling_of<T>(p, f), 0, [&] {
     return [&, masks = Masks<T>(p, to.check), squares = Buffer<T>(ldg), z = Buffer<T>(C * ldg),
             gt = Buffer<T>(C * ldg), norm = Buffer<T>(ldg),
             result = Buffer<T>(to.features ? f.D * tile_stride<T>(tile) : 0)](Tile<T>& t, T*) mutable {

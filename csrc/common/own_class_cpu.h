@@ -1,15 +1,15 @@
-// Products of a tile's pixels with the class that each belongs to. Where labels are hard, a pixel's masks of all other
-// classes are 0, and a product with every class is mostly work for nothing. Here a vector of pixels is worked off once
-// for each class that occurs in it: once inside a region, a few times across its edges.
+// Products of pixels with the class that each belongs to. Where labels are hard, a pixel's masks of all other classes are 0,
+// and a product with every class is mostly work for nothing. Here a vector of pixels takes the vectors of two classes, which
+// is enough for nearly all, since regions are areas: without a branch that the processor would have to guess at each edge.
 //
 //   sums:      s[c][d] += sum_{p of c} f[d][p] w[p]
-//   dots:      t[p]  = <f(p), q[label(p)]>
+//   dots:      t[p] += <f(p), q[label(p)]>,  squares[p] += |f(p)|^2
 //   gradient:  o[d][p] = a[p] q[label(p)][d] + b[p] f[d][p]
 //
-// Features and weights are masked by their bits, not multiplied by 0: NaN stays with the pixel's own class, or with none.
+// Features are masked by their bits, not multiplied by 0: NaN stays with the pixel's own class, or with none.
 #pragma once
 
-#include "common/tile_cpu.h"
+#include "common/channel_blocks_cpu.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
 
@@ -17,125 +17,173 @@ template <class T>
 class OwnClasses {
  public:
   // Room for tiles of `pixels` pixels.
-  OwnClasses(int64_t pixels, int64_t C) : first_(round_up(pixels, kLanes<T>) / kLanes<T> + 1), last_(C) {}
+  OwnClasses(int64_t pixels, int64_t C)
+      : labels_(round_up(pixels, kLanes<T>)), vectors_(round_up(pixels, kLanes<T>) / kLanes<T>), places_(C) {}
 
-  // The labels of a tile's n pixels, -1 for none.
+  // The labels of a tile's n pixels, -1 for those that do not count.
   void find(const int64_t* labels, int64_t n) {
-    n_ = n, padded_ = round_up(n, kLanes<T>);
-    parts_.clear();
-    heads_.clear();
-    std::fill(last_.begin(), last_.end(), int64_t(-1));
-    for (int64_t p = 0; p < padded_; p += kLanes<T>) {
-      const int64_t first = int64_t(parts_.size());
-      first_[p / kLanes<T>] = first;
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes<T>, n - p); ++i)
-        if (labels[p + i] >= 0) parts_[part_of(labels[p + i], p, first)].pixels[i] = -1;
+    n_ = n;
+    const int64_t padded = round_up(n, kLanes<T>);
+    for (int64_t p = 0; p < n; ++p) labels_[p] = BitsOf<T>(labels[p]);
+    std::fill(&labels_[n], &labels_[padded], BitsOf<T>(-1));
+    for (const BitsOf<T> label : present_) places_[label].clear();
+    present_.clear();
+    others_.clear();
+    for (int64_t p = 0; p < padded; p += kLanes<T>) {
+      Vector v{0, 0, int64_t(others_.size()), 0};
+      int64_t count = 0;
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        const BitsOf<T> label = labels_[p + i];
+        if (label < 0 || (count > 0 && label == v.one) || (count > 1 && label == v.other)) continue;
+        if (count > 2 && std::find(others_.begin() + v.first, others_.end(), label) != others_.end())
+          continue;
+        if (count == 0) v.one = label;
+        if (count <= 1) v.other = label;
+        if (count > 1) others_.push_back(label);
+        ++count;
+        if (places_[label].empty()) present_.push_back(label);
+        places_[label].push_back(p);
+      }
+      v.last = int64_t(others_.size());
+      vectors_[p / kLanes<T>] = v;
     }
-    first_[padded_ / kLanes<T>] = int64_t(parts_.size());
   }
 
   // s[c][d] += sum of f[d][p] w[p] over the pixels p of class c; s is [C][D].
-  PSSL_NOINLINE void add_sums(const T* f, int64_t ld, int64_t D, const T* w, T* s) const {
-    rows_of(D, [&](auto rows, int64_t d) {
+  void add_sums(const T* f, int64_t ld, int64_t D, const T* w, T* s) const {
+    for_channel_blocks(D, [&](auto rows, int64_t d) {
       constexpr int N = decltype(rows)::value;
-      for (const int64_t head : heads_) {
-        const int64_t label = parts_[head].label;
-        Vec<T> sum[N] = {};
-        for (int64_t k = head; k >= 0; k = parts_[k].next) {
-          const Part& part = parts_[k];
-          const Vec<T> weight = keep<T>(load<T>(w + part.p), part.pixels);
-#pragma GCC unroll 8
-          for (int i = 0; i < N; ++i)
-            sum[i] += keep<T>(load<T>(f + (d + i) * ld + part.p), part.pixels) * weight;
-        }
-        T sums[N];
-        lane_sums<T, N>(sum, sums);
-        for (int i = 0; i < N; ++i) s[label * D + d + i] += sums[i];
-      }
+      add_row_sums<N>(f + d * ld, ld, f + std::min(d + N, D - N) * ld, D, w, s + d);
     });
   }
 
-  // dots[p] += <f(p), q[label(p)]> for all pixels; q's rows are ldq apart.
-  PSSL_NOINLINE void add_dots(const T* f, int64_t ld, int64_t D, const T* q, int64_t ldq, T* dots) const {
-    rows_of(D, [&](auto rows, int64_t d) {
+  // dots and squares of all pixels, those that do not count with any value; q's rows are ldq apart.
+  void add_dots(const T* f, int64_t ld, int64_t D, const T* q, int64_t ldq, T* dots, T* squares) const {
+    for_channel_blocks(D, [&](auto rows, int64_t d) {
       constexpr int N = decltype(rows)::value;
-      for (int64_t p = 0; p < padded_; p += kLanes<T>) {
-        Vec<T> own[N];
-        vectors<N>(p, q + d, ldq, own);
-        Vec<T> dot = load<T>(dots + p);
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i) dot += load<T>(f + (d + i) * ld + p) * own[i];
-        store<T>(dots + p, dot);
-      }
+      add_row_dots<N>(f + d * ld, ld, f + std::min(d + N, D - N) * ld, q + d, ldq, dots, squares);
     });
   }
 
-  // o[d][p] = a[p] q[label(p)][d] + b[p] f[d][p], without f where b[p] is 0; o's rows are ldo apart.
-  PSSL_NOINLINE void gradient(const T* f, int64_t ld, int64_t D, const T* q, int64_t ldq, const T* a,
-                              const T* b, T* o, int64_t ldo) const {
-    rows_of(D, [&](auto rows, int64_t d) {
+  // o[d][p] for all pixels; without b, nothing is added to the first product. o's rows are ldo apart.
+  void gradient(const T* f, int64_t ld, int64_t D, const T* q, int64_t ldq, const T* a, const T* b, T* o,
+                int64_t ldo) const {
+    for_channel_blocks(D, [&](auto rows, int64_t d) {
       constexpr int N = decltype(rows)::value;
-      for (int64_t p = 0; p < padded_; p += kLanes<T>) {
-        Vec<T> own[N];
-        vectors<N>(p, q + d, ldq, own);
-        const Vec<T> along = load<T>(a + p), back = load<T>(b + p);
-        const Lanes<T> any = back != T(0);
-#pragma GCC unroll 8
-        for (int i = 0; i < N; ++i)
-          store_part<T>(o + (d + i) * ldo + p,
-                        along * own[i] + back * keep<T>(load<T>(f + (d + i) * ld + p), any), n_ - p);
+      if (b) {
+        row_gradients<N>(q + d, ldq, a, o + d * ldo, ldo, [b, ld, own = f + d * ld](int64_t p, Vec<T>* out) {
+          const Vec<T> back = load<T>(b + p);
+#pragma GCC unroll 4
+          for (int i = 0; i < N; ++i) out[i] += back * load<T>(own + i * ld + p);
+        });
+      } else {
+        row_gradients<N>(q + d, ldq, a, o + d * ldo, ldo, [](int64_t, Vec<T>*) {});
       }
     });
   }
 
  private:
-  // The pixels of one class within the vector that begins at p: -1 in their lanes.
-  struct Part {
-    Lanes<T> pixels;
-    int64_t p, label, next;  // next: the class's part in a later vector, or -1
+  // The classes of the pixels of a vector: two, which may be the same, and others_[first, last).
+  struct Vector {
+    BitsOf<T> one, other;
+    int64_t first, last;
   };
 
-  // The part of the class in the vector at p, whose parts begin with `first`; a new one if there is none yet.
-  int64_t part_of(int64_t label, int64_t p, int64_t first) {
-    const int64_t count = int64_t(parts_.size());
-    for (int64_t k = count; k > first; --k)
-      if (parts_[k - 1].label == label) return k - 1;
-    if (last_[label] < 0) {
-      heads_.push_back(count);
-    } else {
-      parts_[last_[label]].next = count;
-    }
-    last_[label] = count;
-    parts_.push_back(Part{Lanes<T>{}, p, label, -1});
-    return count;
-  }
+  // The steps on N rows. What their loops use lies in variables of their own: as far as the compiler knows, anything else
+  // could change with each vector that is stored. `next` are the rows to ask for ahead of time.
 
-  template <class Rows>
-  static void rows_of(int64_t D, const Rows& rows) {
-    constexpr int N = 8;
-    int64_t d = 0;
-    for (; d + N <= D; d += N) rows(std::integral_constant<int, N>{}, d);
-    for (; d < D; ++d) rows(std::integral_constant<int, 1>{}, d);
-  }
-
-  // own[i] = q[label][i] in the lanes of the vector that begins at p; q's rows are ldq apart.
+  // Class by class, with the sums in registers.
   template <int N>
-  void vectors(int64_t p, const T* q, int64_t ldq, Vec<T>* own) const {
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) own[i] = Vec<T>{};
-    for (int64_t k = first_[p / kLanes<T>]; k < first_[p / kLanes<T> + 1]; ++k) {
-      const Part& part = parts_[k];
-      const T* row = q + part.label * ldq;
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) own[i] = part.pixels ? splat<T>(row[i]) : own[i];
+  PSSL_NOINLINE void add_row_sums(const T* f, int64_t ld, const T* next, int64_t D, const T* w, T* s) const {
+    const BitsOf<T>* const labels = labels_.get();
+    for (const BitsOf<T> label : present_) {
+      Vec<T> sum[N];
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) sum[i] = Vec<T>{};
+      const std::vector<int64_t>& places = places_[label];
+      for (const int64_t *place = places.data(), *end = place + places.size(); place != end; ++place) {
+        const int64_t p = *place;
+        const Lanes<T> pixels = load_lanes<T>(labels + p) == label;
+        const Vec<T> weight = load<T>(w + p);
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+          sum[i] += keep<T>(load<T>(f + i * ld + p), pixels) * weight;
+          __builtin_prefetch(next + i * ld + p);
+        }
+      }
+      T sums[N];
+      lane_sums<T, N>(sum, sums);
+      for (int i = 0; i < N; ++i) s[label * D + i] += sums[i];
     }
   }
 
-  int64_t n_ = 0, padded_ = 0;
-  std::vector<Part> parts_;     // in the order of the pixels
-  std::vector<int64_t> heads_;  // the first part of each class that occurs
-  Buffer<int64_t> first_;       // [vectors + 1] the first part of each vector
-  std::vector<int64_t> last_;   // [C] the last part of each class so far, -1 for none
+  template <int N>
+  PSSL_NOINLINE void add_row_dots(const T* f, int64_t ld, const T* next, const T* q, int64_t ldq, T* dots,
+                                  T* squares) const {
+    each_vector<N>(0, round_up(n_, kLanes<T>), q, ldq, [=](int64_t p, Lanes<T>, const Vec<T>* own) {
+      Vec<T> dot = load<T>(dots + p), square = load<T>(squares + p);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        const Vec<T> x = load<T>(f + i * ld + p);
+        __builtin_prefetch(next + i * ld + p);
+        dot += x * own[i];
+        square += x * x;
+      }
+      store<T>(dots + p, dot);
+      store<T>(squares + p, square);
+    });
+  }
+
+  // add(p, out) adds to the N vectors at p
+  template <int N, class Add>
+  PSSL_NOINLINE void row_gradients(const T* q, int64_t ldq, const T* a, T* o, int64_t ldo,
+                                   const Add add) const {
+    auto at = [=](int64_t p, Lanes<T> labels, const Vec<T>* own, Vec<T>* out) {
+      const Vec<T> along = load<T>(a + p);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) out[i] = along * own[i];
+      add(p, out);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) out[i] = keep<T>(out[i], labels >= 0);
+    };
+    const int64_t n = n_, whole = n / kLanes<T> * kLanes<T>;
+    each_vector<N>(0, whole, q, ldq, [=](int64_t p, Lanes<T> labels, const Vec<T>* own) {
+      Vec<T> out[N];
+      at(p, labels, own, out);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) store<T>(o + i * ldo + p, out[i]);
+    });
+    each_vector<N>(whole, n, q, ldq, [=](int64_t p, Lanes<T> labels, const Vec<T>* own) {
+      Vec<T> out[N];
+      at(p, labels, own, out);
+      for (int i = 0; i < N; ++i) store_part<T>(o + i * ldo + p, out[i], n - p);
+    });
+  }
+
+  // f(p, labels, own) for the vectors at p of [begin, end) with own[i] = q[label][i]; q's rows are ldq apart.
+  template <int N, class F>
+  void each_vector(int64_t begin, int64_t end, const T* q, int64_t ldq, const F f) const {
+    const BitsOf<T>* const labels = labels_.get();
+    const Vector* v = vectors_.data() + begin / kLanes<T>;
+    for (int64_t p = begin; p < end; p += kLanes<T>, ++v) {
+      const Lanes<T> label = load_lanes<T>(labels + p);
+      const T *one = q + v->one * ldq, *other = q + v->other * ldq;
+      Vec<T> own[N];
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) own[i] = label == v->one ? splat<T>(one[i]) : splat<T>(other[i]);
+      for (int64_t k = v->first; k < v->last; ++k)
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) own[i] = label == others_[k] ? splat<T>(q[others_[k] * ldq + i]) : own[i];
+      f(p, label, own);
+    }
+  }
+
+  int64_t n_ = 0;
+  Buffer<BitsOf<T>> labels_;                  // of the tile's pixels and, to the end of the last vector, -1
+  std::vector<Vector> vectors_;               // in the order of the pixels
+  std::vector<BitsOf<T>> others_;             // classes behind the second of a vector
+  std::vector<BitsOf<T>> present_;            // the tile's classes
+  std::vector<std::vector<int64_t>> places_;  // [C] where vectors begin in which each one occurs
 };
 
 }  // namespace pssl::PSSL_SIMD_NAMESPACE

@@ -3,9 +3,49 @@
 
 #include "common/channel_blocks_cpu.h"
 #include "common/label_grid_cpu.h"
+#include "common/row_cpu.h"
 #include "common/tasks_cpu.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
+
+// The tiles of an image: each row of the map cut into tiles of `tile` pixels up to `whole`, and one tile with what is left.
+template <class T>
+struct Tiling {
+  int64_t w, tile, whole, per_row, count;
+
+  // Tiles that stay in the second-level cache when they are packed.
+  static Tiling packed(const FeatureView& f) { return Tiling(f, tile_pixels(f.D, sizeof(T)), f.w); }
+
+  // Tiles for steps that read the features twice from where they lie, from memory and then from the last-level cache: four
+  // kilobytes of each channel at a time, which come in faster than the shorter runs of tiles that are packed. Where the
+  // features do not lie side by side in this type, as `packed`.
+  static Tiling in_place(const FeatureView& f) {
+    if (f.type != scalar_type_of<T> || f.sx != 1) return packed(f);
+    const int64_t fits = kInPlaceBytes / std::max<int64_t>(1, f.D * int64_t(sizeof(T)));
+    const int64_t shared = f.B * f.h * f.w / kInPlaceTiles;  // so that threads can share them
+    const int64_t tile = std::clamp<int64_t>(std::min(fits, shared) / 64 * 64, kTilePixels, 4 * kTilePixels);
+    return Tiling(f, tile, f.w / kLanes<T> * kLanes<T>);
+  }
+  static constexpr int64_t kInPlaceBytes = int64_t(1) << 20, kInPlaceTiles = 32;
+
+  int64_t begin(int64_t i) const { return std::min(i % per_row * tile, whole); }
+  int64_t pixels(int64_t i) const { return begin(i) < whole ? std::min(tile, whole - begin(i)) : w - whole; }
+
+ private:
+  Tiling(const FeatureView& f, int64_t tile, int64_t whole)
+      : w(f.w),
+        tile(tile),
+        whole(whole),
+        per_row((whole + tile - 1) / tile + (whole < f.w)),
+        count(per_row * f.h) {}
+};
+
+// Channels of some pixels: [D][ld].
+template <class T>
+struct Channels {
+  const T* f;
+  int64_t ld;
+};
 
 template <class T>
 struct Tile {
@@ -37,6 +77,31 @@ struct Tile {
       }
       f(d, count);
     });
+  }
+  // Where the features can be read: where they lie, if that is by whole vectors, else packed. Calls f(d, count, channels)
+  // for all channels at once in the first case, as pack_channels in the other.
+  template <class F>
+  Channels<T> place_channels(const F& f) {
+    if (!is_direct()) {
+      pack_channels(nullptr,
+                    [&](int64_t d, int64_t count) { f(d, count, Channels<T>{this->f + d * ld, ld}); });
+      return {this->f, ld};
+    }
+    const Channels<T> own{row(), view.sd};
+    f(0, view.D, own);
+    return own;
+  }
+  // The same with squares as pack_channels.
+  Channels<T> place(T* squares) {
+    if (!is_direct()) {
+      pack(squares);
+      return {f, ld};
+    }
+    if (squares) {
+      std::fill_n(squares, n, T(0));
+      take(0, view.D, nullptr, 0, 0, nullptr, 0, squares, false, nullptr);
+    }
+    return {row(), view.sd};
   }
   template <class F>
   void each_channels(const F& f) const {
@@ -76,10 +141,11 @@ struct Tile {
   int64_t padded() const { return round_up(n, kLanes<T>); }
   // Whether features can be taken from where they lie, by whole vectors.
   bool is_direct() const { return view.type == scalar_type_of<T> && view.sx == 1 && padded() == n; }
+  const T* row() const { return static_cast<const T*>(view.data) + b * view.sb + y * view.sy + x; }
   // add_products for channels [d, d + count) from where they lie.
   void take(int64_t d, int64_t count, const T* q, int64_t cp, int64_t C, T* z, int64_t ldz, T* squares,
             bool packed, const BitsOf<T>* labels) {
-    const T* row = static_cast<const T*>(view.data) + b * view.sb + y * view.sy + x;
+    const T* const row = this->row();
     for_channel_blocks(count, [&](auto block, int64_t i) {
       constexpr int N = decltype(block)::value;
       const int64_t own = d + i, next = own + N;
@@ -90,39 +156,37 @@ struct Tile {
   }
 };
 
-// The tiles of one image.
-template <class T>
-int64_t tile_count(const FeatureView& f) {
-  const int64_t tile = tile_pixels(f.D, sizeof(T));
-  return (f.w + tile - 1) / tile * f.h;
-}
-
 // Calls the functions that `make_body()` returns, one a thread, as body(tile, sums) on every tile, which is left to them
 // to pack. Returns [B][size]: what they added to `sums`, which starts as zeros for each of an image's chunks of tiles.
 template <class T, class MakeBody>
-Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& make_body) {
-  const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile);
-  const int64_t per_row = (f.w + tile - 1) / tile, tiles = tile_count<T>(f);
+Buffer<T> sum_over_tiles(const FeatureView& f, const Tiling<T>& tiling, int64_t size,
+                         const MakeBody& make_body) {
+  const int64_t ld = tile_stride<T>(tile_pixels(f.D, sizeof(T))), tiles = tiling.count;
   // About 64 chunks in all, so that they share out well; fewer where their sums would take more than 64 MiB.
   const int64_t fits = (int64_t(64) << 20) / std::max<int64_t>(1, f.B * size * int64_t(sizeof(T)));
   const int64_t wanted = (63 + f.B) / std::max<int64_t>(1, f.B);
   const int64_t chunks = std::max<int64_t>(1, std::min({tiles, wanted, fits}));
-  Buffer<T> partial(f.B * chunks * size, true);
+  Buffer<T> partial(f.B * chunks * size);
   share_tasks(f.B * chunks, [&] {
     return [&, packed = Buffer<T>(f.D * ld), body = make_body()](int64_t task) mutable {
       const int64_t b = task / chunks, chunk = task % chunks;
+      T* const sums = &partial[task * size];
+      std::fill_n(sums, size, T(0));
       for (int64_t i = tiles * chunk / chunks; i < tiles * (chunk + 1) / chunks; ++i) {
-        const int64_t y = i / per_row, x = i % per_row * tile, n = std::min(tile, f.w - x);
-        Tile<T> t{f, b, y, x, n, b * tiles + i, packed.get(), ld};
-        body(t, &partial[task * size]);
+        Tile<T> t{f, b, i / tiling.per_row, tiling.begin(i), tiling.pixels(i), b * tiles + i, packed.get(),
+                  ld};
+        body(t, sums);
       }
     };
   });
   Buffer<T> total(f.B * size, true);
-  torch::stable::parallel_for(0, f.B, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
+  torch::stable::parallel_for(0, f.B * size, 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin, next; i < end; i = next) {
+      const int64_t b = i / size;
+      next = std::min(end, (b + 1) * size);
       for (int64_t chunk = 0; chunk < chunks; ++chunk)
-        for (int64_t i = 0; i < size; ++i) total[b * size + i] += partial[(b * chunks + chunk) * size + i];
+        add_row(&partial[(b * chunks + chunk) * size + i - b * size], next - i, &total[i]);
+    }
   });
   return total;
 }
@@ -132,7 +196,7 @@ Buffer<T> sum_over_tiles(const FeatureView& f, int64_t size, const MakeBody& mak
 template <class T, class MakeBody>
 Buffer<T> tile_class_sums(const FeatureView& f, int64_t C, const MakeBody& make_body) {
   const int64_t tile = tile_pixels(f.D, sizeof(T)), ld = tile_stride<T>(tile), cp = round_up(C, kLanes<T>);
-  return sum_over_tiles<T>(f, f.D * cp, [&] {
+  return sum_over_tiles<T>(f, Tiling<T>::packed(f), f.D * cp, [&] {
     return [&, cp, body = make_body(), g = Buffer<T>(C * ld)](Tile<T>& t, T* total) mutable {
       const int64_t padded = round_up(t.n, kLanes<T>);
       body(t, g.get());

@@ -67,7 +67,7 @@ inline Lanes<T> load_lanes(const BitsOf<T>* p) {
 
 template <class T>
 inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};
 }
 
 template <class T>

@@ -140,6 +140,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(
         "wide_same_grid", dict(features=features(1, 6, 3, 150), regions=regions(1, 3, 3, 150), num_regions=3)
     )
+    plain = dict(features=features(2, 9, 7, 5), regions=regions(2, 4, 7, 5), num_regions=4, normalize=False)
+    yield Sample("plain_sum_same_grid", dict(plain, weights=weights(2, 7, 5)))
 
 
 @define_op(
