@@ -71,12 +71,16 @@ struct Thresholds {
   }
 };
 
+constexpr int64_t kRun = 1 << 11;  // pixels: eight kilobytes of each CAM at a time
 constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max();  // pixels of a histogram
 
 template <class T>
 struct Image {
   ResizedMaps<T> cams;
   Rows truth;
+  int64_t pixels;
+  bool flat;    // whether CAMs and ground truth can be read as one row of pixels, side by side
+  int64_t run;  // pixels that are worked on at a time: a row, or some of the one row
   RowTasks tasks;
   int64_t first_task;                                // among those of all images
   std::vector<std::pair<int64_t, int64_t>> classes;  // (region number, map), ascending: ties go to the lowest
@@ -89,7 +93,10 @@ struct Image {
         int64_t first_task)
       : cams(cam, ground_truth.size(0), ground_truth.size(1)),
         truth{&ground_truth},
-        tasks(cams.H, cams.W),
+        pixels(cams.H * cams.W),
+        flat(cams.in_place() && is_flat_map(cam) && is_flat_map(ground_truth)),
+        run(flat ? std::min(kRun, pixels) : cams.W),
+        tasks(flat && run ? (pixels + run - 1) / run : cams.H, run),
         first_task(first_task) {
     const int64_t k = cam.size(0);
     std::vector<int64_t> numbers(k);
@@ -108,10 +115,15 @@ struct Image {
   int64_t slots() const { return std::max<int64_t>(1, classes.size()); }    // of the histogram
   bool has(int64_t task) const { return task - first_task < tasks.count; }  // of those from first_task on
   // Whether a histogram counts all of its pixels, or else those of a task.
-  bool fits() const { return cams.W == 0 || cams.H <= kMostCounted / cams.W; }
+  bool fits() const { return pixels <= kMostCounted; }
+  int64_t pixels_of(int64_t y) const { return flat ? std::min(run, pixels - y * run) : run; }
+  // Run y of `plane`, one of cams.maps.plane(0, k): where it lies if it can be read there, else in `out`.
+  const T* values(const FeatureView& plane, int64_t y, T* memory, T* out) const {
+    return flat ? static_cast<const T*>(plane.data) + y * run : cams.row_in_place(plane, y, memory, out);
+  }
 };
 
-// One thread's row.
+// One thread's run.
 template <class T>
 struct Scratch {
   Buffer<T> memory, values;  // `values`: of all classes, where they cannot be read in place
@@ -123,8 +135,8 @@ struct Scratch {
   explicit Scratch(const std::deque<Image<T>>& images) {
     int64_t most = 0, width = 0, elements = 0;
     for (const auto& image : images) {
-      most = std::max(most, image.cams.scratch()), width = std::max(width, image.cams.W);
-      elements = std::max(elements, image.slots() * image.cams.W);
+      most = std::max(most, image.cams.scratch()), width = std::max(width, image.run);
+      if (!image.flat) elements = std::max(elements, image.slots() * image.run);
     }
     memory.reset(most), values.reset(elements), best.reset(width), slot.reset(width);
     wide_truth.reset(width), truth.reset(width), bin.reset(width);
@@ -141,7 +153,7 @@ class Sweep {
     for (size_t i = 0; i < cams.size(); ++i) {
       images_.emplace_back(cams[i], class_ids[i], ground_truth[i], int64_t(i), C_, tasks_);
       tasks_ += images_.back().tasks.count;
-      const int64_t pixels = images_.back().tasks.rows * images_.back().cams.W;
+      const int64_t pixels = images_.back().tasks.rows * images_.back().run;
       STD_TORCH_CHECK(pixels <= kMostCounted, kOp, ": ground_truth[", i,
                       "] must have rows of less than 2^31 pixels, got ", images_.back().cams.W);
     }
@@ -150,15 +162,17 @@ class Sweep {
 
   Tensor counts() {
     Tensor result = new_tensor({bins_ - 1, C_, C_}, ScalarType::Long);
-    const Buffer<int64_t> total(bins_ * C_ * C_, true);
+    counts_ = result.numel() > 0 ? result.mutable_data_ptr<int64_t>() : nullptr;
+    std::fill_n(counts_, result.numel(), int64_t(0));
+    lowest_.assign(C_ * C_, 0);
     int64_t most = 0;
     for (const auto& image : images_) most = std::max(most, histogram_size(image));
     STD_TORCH_CHECK(most < std::numeric_limits<int32_t>::max(), kOp,
                     ": num_regions × classes × thresholds = ", most, " is too large");
-    share_tasks(tasks_, [&] { return Counter(*this, most, total.get()); });
+    share_tasks(tasks_, [&] { return Counter(*this, most); });
     for (size_t i = 0; i < images_.size(); ++i)
       images_[i].check.raise_if_found(kOp, C_, ignore_, "ground_truth[" + std::to_string(i) + "]");
-    if (result.numel() > 0) sum_up(total.get(), result.mutable_data_ptr<int64_t>());
+    sum_up();
     return result;
   }
 
@@ -166,26 +180,24 @@ class Sweep {
   // One thread's part: the pixels of its tasks, image after image.
   struct Counter {
     Sweep& sweep;
-    int64_t* total;
     Scratch<T> scratch;
     Buffer<int32_t> histogram;
     size_t at = 0;                  // the image that the histogram is of
     int64_t tasks = 0, pixels = 0;  // that are in it
 
-    Counter(Sweep& sweep, int64_t most, int64_t* total)
-        : sweep(sweep), total(total), scratch(sweep.images_), histogram(most) {}
+    Counter(Sweep& sweep, int64_t most) : sweep(sweep), scratch(sweep.images_), histogram(most) {}
 
     void operator()(int64_t task) {
       if (!sweep.images_[at].has(task)) finish();
       Image<T>& image = sweep.image_of(task, at);
-      const int64_t more = image.tasks.rows * image.cams.W;
+      const int64_t more = image.tasks.rows * image.run;
       if (pixels > kMostCounted - more) finish();
       if (tasks == 0) std::fill_n(histogram.get(), sweep.histogram_size(image), int32_t(0));
       sweep.count_task(image, task, scratch, histogram.get());
       ++tasks, pixels += more;
     }
     void finish() {
-      if (tasks > 0) sweep.add(sweep.images_[at], histogram.get(), tasks, total);
+      if (tasks > 0) sweep.add(sweep.images_[at], histogram.get(), tasks);
       tasks = pixels = 0;
     }
   };
@@ -196,7 +208,7 @@ class Sweep {
     return images_[at];
   }
   // The last thread to be through with an image adds all their histograms up.
-  void add(Image<T>& image, int32_t* histogram, int64_t tasks, int64_t* total) {
+  void add(Image<T>& image, int32_t* histogram, int64_t tasks) {
     const int64_t size = histogram_size(image);
     const std::lock_guard<std::mutex> lock(adding_);
     const bool last = (image.counted += tasks) == image.tasks.count;
@@ -206,7 +218,7 @@ class Sweep {
     }
     if (image.waiting.get()) add_row(image.waiting.get(), size, histogram);
     image.waiting = {};
-    add_counts(image, histogram, total);
+    add_counts(image, histogram);
   }
   // Each class's maximum over its image, of the resized map, and the eps above it.
   void find_divisors() {
@@ -222,8 +234,8 @@ class Sweep {
           T& largest = top[task * most + j];
           const FeatureView plane = image.cams.maps.plane(0, image.classes[j].second);
           image.tasks.each_row(task - image.first_task, [&](int64_t y) {
-            const T* values = image.cams.row_in_place(plane, y, s.memory.get(), s.values.get());
-            largest = largest_of(values, image.cams.W, largest);
+            const T* values = image.values(plane, y, s.memory.get(), s.values.get());
+            largest = largest_of(values, image.pixels_of(y), largest);
           });
         }
       };
@@ -237,42 +249,31 @@ class Sweep {
       }
   }
 
-  static constexpr int64_t kPart = 64;  // pixels
-
   // [C + 1, bins, slots]; labels that do not count come last
   int64_t histogram_size(const Image<T>& image) const { return (C_ + 1) * image.slots() * bins_; }
 
   void count_task(Image<T>& image, int64_t task, Scratch<T>& s, int32_t* histogram) const {
-    const int64_t W = image.cams.W, k = int64_t(image.classes.size());
+    const int64_t k = int64_t(image.classes.size());
     const T* divisors = image.divisor.empty() ? nullptr : image.divisor.data();
     std::vector<const T*> values(k);
     image.tasks.each_row(task - image.first_task, [&](int64_t y) {
+      const int64_t n = image.pixels_of(y);
       for (int64_t j = 0; j < k; ++j) {
         const FeatureView plane = image.cams.maps.plane(0, image.classes[j].second);
-        values[j] = image.cams.row_in_place(plane, y, s.memory.get(), &s.values[j * W]);
+        values[j] = image.values(plane, y, s.memory.get(), &s.values[image.flat ? 0 : j * n]);
       }
-      best_of_rows(values.data(), divisors, k, W, s.best.get(), s.slot.get());
-      // the next row's CAMs are asked for while this one's pixels are worked on
-      for (int64_t x = 0; x < W; x += kPart) {
-        const int64_t n = std::min(kPart, W - x);
-        if (image.cams.same)
-          for (const T* row : values) prefetch(row + image.cams.maps.sy + x, n);
-        find_bins(image, y, x, n, s);
-      }
-      count_bins(s.bin.get(), W, histogram);
+      best_of_rows(values.data(), divisors, k, n, s.best.get(), s.slot.get());
+      find_bins(image, y, n, s);
+      count_bins(s.bin.get(), n, histogram);
     });
   }
-  static void prefetch(const T* values, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(values + i);
-  }
-  // s.bin of pixels [x, x + n) of row y
-  void find_bins(Image<T>& image, int64_t y, int64_t x, int64_t n, Scratch<T>& s) const {
-    int32_t* const bin = &s.bin[x];
-    thresholds_.below_row(&s.best[x], n, bin);
+  // s.bin of the n pixels of run y
+  void find_bins(Image<T>& image, int64_t y, int64_t n, Scratch<T>& s) const {
+    thresholds_.below_row(s.best.get(), n, s.bin.get());
     if (image.truth.tensor->scalar_type() == ScalarType::Long) {
-      add_labels(image, y, x, n, &s.slot[x], s.wide_truth.get(), bin);
+      add_labels(image, y, n, s.slot.get(), s.wide_truth.get(), s.bin.get());
     } else {
-      add_labels(image, y, x, n, &s.slot[x], s.truth.get(), bin);
+      add_labels(image, y, n, s.slot.get(), s.truth.get(), s.bin.get());
     }
   }
   // Neighbours mostly fall into one bin, and adding to a number that was just stored waits for the store: pixels a quarter
@@ -285,10 +286,9 @@ class Sweep {
   }
   // From thresholds below each pixel to where it is counted, by its label and slot.
   template <class Label>
-  PSSL_NOINLINE void add_labels(Image<T>& image, int64_t y, int64_t x0, int64_t n,
-                                const int32_t* __restrict slot, Label* __restrict truth,
-                                int32_t* __restrict bin) const {
-    image.truth.read_plane(y, x0, n, truth);
+  PSSL_NOINLINE void add_labels(Image<T>& image, int64_t y, int64_t n, const int32_t* __restrict slot,
+                                Label* __restrict truth, int32_t* __restrict bin) const {
+    image.truth.read_plane(image.flat ? 0 : y, image.flat ? y * image.run : 0, n, truth);
     const bool any_ignored = int64_t(Label(ignore_)) == ignore_;
     const Label C = Label(C_), ignored = Label(ignore_);
     const int32_t slots = int32_t(image.slots()), bins = int32_t(bins_);
@@ -302,8 +302,13 @@ class Sweep {
       if (truth[x] != ignore_ && (truth[x] < 0 || truth[x] >= C_)) image.check.found(truth[x]);
   }
 
-  // To `total`, [bins][C][C], by label and region; consecutive regions lie side by side in both.
-  void add_counts(const Image<T>& image, const int32_t* histogram, int64_t* total) const {
+  // [C][C], by label and best class: the pixels with `bin` thresholds below them, gathered where the counts of the last of
+  // these thresholds will be; those with none below them count as background at every threshold.
+  int64_t* counts_of(int64_t bin) {
+    return bin ? counts_ + thresholds_.order[bin - 1] * C_ * C_ : lowest_.data();
+  }
+  // Consecutive regions lie side by side in the histogram and in the counts.
+  void add_counts(const Image<T>& image, const int32_t* histogram) {
     const int64_t slots = image.slots(), k = int64_t(image.classes.size());
     auto region = [&](int64_t slot) { return k ? image.classes[slot].first : int64_t(0); };
     for (int64_t slot = 0, end = 0; slot < slots; slot = end) {
@@ -311,33 +316,36 @@ class Sweep {
       for (int64_t bin = 0; bin < bins_; ++bin)
         for (int64_t label = 0; label < C_; ++label) {
           const int32_t* from = histogram + (label * bins_ + bin) * slots + slot;
-          int64_t* to = total + (bin * C_ + label) * C_ + region(slot);
+          int64_t* to = counts_of(bin) + label * C_ + region(slot);
           for (int64_t i = 0; i < end - slot; ++i) to[i] += from[i];
         }
     }
   }
   // At threshold j pixels are of their best class if more than j thresholds are below them, and else background.
-  void sum_up(const int64_t* total, int64_t* out) const {
+  void sum_up() {
     const int64_t plane = C_ * C_;
-    std::vector<int64_t> above(plane, 0), pixels(C_, 0);
-    for (int64_t bin = 0; bin < bins_; ++bin)
-      for (int64_t label = 0; label < C_; ++label)
-        pixels[label] = std::accumulate(total + (bin * C_ + label) * C_, total + (bin * C_ + label + 1) * C_,
-                                        pixels[label]);
-    for (int64_t j = bins_ - 2; j >= 0; --j) {
-      add_row(total + (j + 1) * plane, plane, above.data());
-      int64_t* own = out + thresholds_.order[j] * plane;
-      std::copy(above.begin(), above.end(), own);
-      for (int64_t label = 0; label < C_; ++label) {
-        const int64_t* row = &above[label * C_];
-        own[label * C_] = pixels[label] - std::accumulate(row + 1, row + C_, int64_t(0));
-      }
+    std::vector<int64_t> above(plane, 0), pixels(C_);
+    for (int64_t bin = bins_ - 1; bin > 0; --bin) {
+      add_row(counts_of(bin), plane, above.data());
+      std::copy(above.begin(), above.end(), counts_of(bin));
     }
+    add_row(lowest_.data(), plane, above.data());
+    auto sum = [&](const int64_t* row, int64_t first) {
+      return std::accumulate(row + first, row + C_, int64_t(0));
+    };
+    for (int64_t label = 0; label < C_; ++label) pixels[label] = sum(&above[label * C_], 0);
+    for (int64_t j = 0; j < bins_ - 1; ++j)
+      for (int64_t label = 0; label < C_; ++label) {
+        int64_t* const row = counts_ + j * plane + label * C_;
+        row[0] = pixels[label] - sum(row, 1);
+      }
   }
 
   Thresholds<T> thresholds_;
   std::deque<Image<T>> images_;
   int64_t C_, bins_, ignore_, tasks_ = 0;
+  int64_t* counts_ = nullptr;    // [T][C][C], the result
+  std::vector<int64_t> lowest_;  // [C][C], see counts_of
   std::mutex adding_;
 };
 

@@ -23,6 +23,8 @@ struct ResizedMaps {
         ys(same ? 0 : maps.h, same ? 0 : H, false),
         xs(same ? 0 : maps.w, same ? 0 : W, false) {}
 
+  // Whether rows can be read where they lie.
+  bool in_place() const { return same && maps.type == scalar_type_of<T> && maps.sx == 1; }
   int64_t scratch() const { return same ? 0 : 2 * maps.w + 1; }
 
   // out[0..W) = row y of `plane`, one of maps.plane(b, k). `memory` holds scratch() elements.
@@ -40,8 +42,7 @@ struct ResizedMaps {
 
   // Row y of `plane` where it lies, if it can be read there; else row() into `out`.
   const T* row_in_place(const FeatureView& plane, int64_t y, T* memory, T* out) const {
-    if (same && plane.type == scalar_type_of<T> && plane.sx == 1)
-      return static_cast<const T*>(plane.data) + y * plane.sy;
+    if (in_place()) return static_cast<const T*>(plane.data) + y * plane.sy;
     row(plane, y, memory, out);
     return out;
   }

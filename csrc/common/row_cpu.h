@@ -53,34 +53,35 @@ PSSL_NOINLINE void keep_best(const T* __restrict values, int64_t n, int32_t numb
   }
 }
 
-// The same over the `count` rows of values at once, each divided by its divisor if there are any: all rows are read side
-// by side, the best stay in registers. Pixels for which no value is above -infinity get that and 0.
-template <class T>
-PSSL_NOINLINE void best_of_rows(const T* const* rows, const T* divisors, int64_t count, int64_t n, T* best,
-                                int32_t* region) {
+// One step of best_of_rows: R rows, numbered from `number` on, beside the best of those before, if there are any. The same
+// pixels of `next` are asked for, as many rows.
+template <int R, class T>
+PSSL_NOINLINE void best_of_group(const T* const* rows, const T* divisors, int64_t number, int64_t n,
+                                 const T* const* next, T* best, int32_t* region) {
   constexpr int V = 2;
-  constexpr int kAhead =
-      512 / int(sizeof(T));  // as many streams as rows: too many for the processor to guess
-  const T lowest = -std::numeric_limits<T>::infinity();
-  auto block = [&](auto vectors, int64_t x) {
+  auto block = [=](auto vectors, int64_t x) {
     constexpr int N = decltype(vectors)::value;
     Vec<T> top[N];
-    Lanes<T> found[N] = {};
-    for (int v = 0; v < N; ++v) top[v] = splat<T>(lowest);
-    for (int64_t k = 0; k < count; ++k) {
-      for (int v = 0; v < N; v += 64 / kVecBytes) __builtin_prefetch(rows[k] + x + v * kLanes<T> + kAhead);
+    Lanes<T> found[N];
+    for (int v = 0; v < N; ++v) {
+      top[v] = number ? load<T>(best + x + v * kLanes<T>) : splat<T>(-std::numeric_limits<T>::infinity());
+      found[v] = number ? load_whole<T>(region + x + v * kLanes<T>) : Lanes<T>{};
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < R; ++k) {
+      for (int v = 0; v < N; v += 64 / kVecBytes) __builtin_prefetch(next[k] + x + v * kLanes<T>);
 #pragma GCC unroll 2
       for (int v = 0; v < N; ++v) {
         Vec<T> value = load<T>(rows[k] + x + v * kLanes<T>);
         if (divisors) value = value / divisors[k];
         const Lanes<T> better = beats<Vec<T>>(value, top[v]);
         top[v] = better ? value : top[v];
-        found[v] = better ? Lanes<T>{} + BitsOf<T>(k) : found[v];
+        found[v] = better ? Lanes<T>{} + BitsOf<T>(number + k) : found[v];
       }
     }
     for (int v = 0; v < N; ++v) {
       store<T>(best + x + v * kLanes<T>, top[v]);
-      for (int i = 0; i < kLanes<T>; ++i) region[x + v * kLanes<T> + i] = int32_t(found[v][i]);
+      store_whole<T>(region + x + v * kLanes<T>, found[v]);
     }
   };
   // the last block begins early enough to be whole: what it does twice comes out the same
@@ -89,13 +90,29 @@ PSSL_NOINLINE void best_of_rows(const T* const* rows, const T* divisors, int64_t
       block(std::integral_constant<int, V>{}, std::min(x, n - V * kLanes<T>));
     return;
   }
-  std::fill_n(best, n, lowest);
-  std::fill_n(region, n, 0);
-  for (int64_t k = 0; k < count; ++k)
+  if (number == 0) std::fill_n(best, n, -std::numeric_limits<T>::infinity()), std::fill_n(region, n, 0);
+  for (int k = 0; k < R; ++k)
     for (int64_t x = 0; x < n; ++x) {
       const T value = divisors ? rows[k][x] / divisors[k] : rows[k][x];
-      if (beats(value, best[x])) best[x] = value, region[x] = int32_t(k);
+      if (beats(value, best[x])) best[x] = value, region[x] = int32_t(number + k);
     }
+}
+
+// The same over the `count` rows of values, each divided by its divisor if there are any. Pixels for which no value is
+// above -infinity get that and 0. A few rows at a time: as many streams as there are classes come in slower than these.
+template <class T>
+PSSL_NOINLINE void best_of_rows(const T* const* rows, const T* divisors, int64_t count, int64_t n, T* best,
+                                int32_t* region) {
+  if (count == 0) std::fill_n(best, n, -std::numeric_limits<T>::infinity()), std::fill_n(region, n, 0);
+  auto group = [&](auto together, int64_t k) {
+    constexpr int R = decltype(together)::value;
+    best_of_group<R>(rows + k, divisors ? divisors + k : nullptr, k, n, rows + std::min(k + R, count - R),
+                     best, region);
+  };
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) group(std::integral_constant<int, 4>{}, k);
+  for (; k + 2 <= count; k += 2) group(std::integral_constant<int, 2>{}, k);
+  for (; k < count; ++k) group(std::integral_constant<int, 1>{}, k);
 }
 
 template <class T>

@@ -65,6 +65,23 @@ inline Lanes<T> load_lanes(const BitsOf<T>* p) {
   return v;
 }
 
+// Whole numbers of 32 bits beside the lanes of a Vec<T>.
+template <class T>
+struct WholeOf {
+  typedef int32_t type __attribute__((vector_size(kLanes<T> * 4)));
+};
+template <class T>
+inline Lanes<T> load_whole(const int32_t* p) {
+  typename WholeOf<T>::type v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Lanes<T>);
+}
+template <class T>
+inline void store_whole(int32_t* p, Lanes<T> v) {
+  const auto narrow = __builtin_convertvector(v, typename WholeOf<T>::type);
+  std::memcpy(p, &narrow, sizeof narrow);
+}
+
 template <class T>
 inline Vec<T> splat(T x) {
   return x - Vec<T>{};
