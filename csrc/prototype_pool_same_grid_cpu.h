@@ -74,7 +74,7 @@ void backward_labels(const Backward<T>& to, const Buffer<T>& q) {
   const FeatureView& f = to.f;
   const Tiling<T> tiling = tiling_of<T>(p, f);
   const int64_t tile = tiling.tile, padded = round_up(tile, kLanes<T>), ld = tile_stride<T>(tile);
-  const bool products = p.normalize || to.written.weights;
+  const bool products = p.normalize || to.written.weights, streaming = to.features && can_stream<T>(to.out);
   sum_over_tiles<T>(f, tiling, 0, [&] {
     return [&, masks = Masks<T>(p, to.check), own = OwnClasses<T>(tile, p.C), dots = Buffer<T>(padded, true),
             squares = Buffer<T>(padded, true), inverse = Buffer<T>(padded), along = Buffer<T>(padded, true),
@@ -96,12 +96,22 @@ void backward_labels(const Backward<T>& to, const Buffer<T>& q) {
       for (int64_t i = 0; i < t.n && to.written.weights; ++i)
         to.written.write(masks, i, t.b, t.y, t.x + i, [&](int64_t) { return dots[i]; });
       if (!to.features) return;
-      t.each_channels([&](int64_t d, int64_t n) {
-        write_row(to.out.channels(d, n), t.b, t.y, t.x, t.n, result.get(), ld, [&](T* o, int64_t ldo) {
+      auto write = [&](int64_t d, int64_t n, const auto& to_rows) {
+        to_rows(to.out.channels(d, n), t.b, t.y, t.x, t.n, result.get(), ld, [&](T* o, int64_t ldo) {
           own.gradient(features.f + d * features.ld, features.ld, n, vectors + d, f.D, along.get(),
                        p.normalize ? back.get() : nullptr, o, ldo);
         });
-      });
+      };
+      if (streaming && t.n % kLanes<T> == 0) {
+        for_channel_blocks(f.D, [&](auto block, int64_t d) {
+          write(d, decltype(block)::value, [](const auto&... row) { stream_row(row...); });
+        });
+        streamed();
+      } else {
+        t.each_channels([&](int64_t d, int64_t n) {
+          write(d, n, [](const auto&... row) { write_row(row...); });
+        });
+      }
     };
   });
 }

@@ -110,6 +110,29 @@ void write_row(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n,
   unpack_row(room, ld, f, b, y, x, n);
 }
 
+// Results from this size on are written past the caches where nothing but the writing is left to do on them: the caches
+// would lose them again before anyone reads them.
+constexpr int64_t kStreamedBytes = int64_t(16) << 20;
+
+// Whether all of `f` can be streamed by whole vectors, tile by tile of a multiple of them.
+template <class T>
+bool can_stream(const FeatureView& f) {
+  auto whole = [](int64_t elements) { return elements * int64_t(sizeof(T)) % kVecBytes == 0; };
+  return f.type == scalar_type_of<T> && f.sx == 1 && f.B * f.D * f.h * f.w * int64_t(sizeof(T)) >= kStreamedBytes &&
+         reinterpret_cast<uintptr_t>(f.data) % kVecBytes == 0 && whole(f.sb) && whole(f.sd) && whole(f.sy);
+}
+
+// The same as write_row of a few channels for such tiles: `room`, [D][ld], stays in the first-level cache, and goes from
+// there a row at a time, since rows that are written side by side hold each other up.
+template <class T, class Write>
+void stream_row(const FeatureView& f, int64_t b, int64_t y, int64_t x, int64_t n, T* room, int64_t ld,
+                const Write& write) {
+  write(room, ld);
+  T* const out = static_cast<T*>(f.data) + b * f.sb + y * f.sy + x;
+  for (int64_t d = 0; d < f.D; ++d)
+    for (int64_t p = 0; p < n; p += kLanes<T>) stream<T>(out + d * f.sd + p, load<T>(room + d * ld + p));
+}
+
 // Calls body(integral_constant V, first column) for blocks of V vectors that cover `cp` columns.
 template <class T, class F>
 void for_class_blocks(int64_t cp, const F& body) {

@@ -7,6 +7,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #include "common/simd.h"
 
 namespace pssl::PSSL_SIMD_NAMESPACE {
@@ -49,6 +53,32 @@ inline Vec<T> load(const T* p) {
 template <class T>
 inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+// Stores past the caches, at a multiple of the vector's size: what is written is not read from memory first, and takes no
+// room from what will be read again. Other threads see it after streamed().
+template <class T>
+inline void stream(T* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  __m512i bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits);
+#elif defined(__AVX2__)
+  __m256i bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+#elif defined(__SSE__)
+  __m128 bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  _mm_stream_ps(reinterpret_cast<float*>(p), bits);
+#else
+  store<T>(p, v);
+#endif
+}
+inline void streamed() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
 }
 
 // The first n lanes; all of them where n is larger.

@@ -1,8 +1,9 @@
-"""Same inputs, same bits: on a second run, and for another number of threads."""
+"""Same inputs, same bits: on a second run, for another number of threads, and in another batch."""
 
 import pytest
 import torch
 
+from pssl_ext import prototype_pool
 from pssl_ext.testing import assert_same_bits, run
 
 
@@ -26,3 +27,22 @@ def test_any_number_of_threads(case):
         torch.set_num_threads(before)
     assert_same_bits(found[0], found[1], f"{case} 1 and 2 threads")
     assert_same_bits(found[0], found[2], f"{case} 1 and 3 threads")
+
+
+@pytest.mark.parametrize("height, width", [(128, 128), (127, 131)])
+def test_a_gradient_larger_than_the_caches(height, width):
+    """16 MiB and more the CPU writes past the caches, where rows are whole vectors; single images it does not."""
+    g = torch.Generator().manual_seed(3)
+    features = torch.randn(4, 66, height, width, generator=g)
+    regions = torch.randint(0, 5, (4, height, width), generator=g)
+    seeds = torch.randn(4, 5, 66, generator=g)
+
+    def gradient(images):
+        leaf = features[images].clone().requires_grad_()
+        (prototype_pool(leaf, regions[images], 5)[0] * seeds[images]).sum().backward()
+        return leaf.grad
+
+    whole = gradient(slice(0, 4))
+    assert whole.numel() * 4 >= 16 * 2**20
+    for i in range(4):
+        assert torch.equal(whole[i : i + 1], gradient(slice(i, i + 1)))
