@@ -108,9 +108,8 @@ void backward_labels(const Backward<T>& to, const Buffer<T>& q) {
         });
         streamed();
       } else {
-        t.each_channels([&](int64_t d, int64_t n) {
-          write(d, n, [](const auto&... row) { write_row(row...); });
-        });
+        t.each_channels(
+            [&](int64_t d, int64_t n) { write(d, n, [](const auto&... row) { write_row(row...); }); });
       }
     };
   });

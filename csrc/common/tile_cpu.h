@@ -118,7 +118,8 @@ constexpr int64_t kStreamedBytes = int64_t(16) << 20;
 template <class T>
 bool can_stream(const FeatureView& f) {
   auto whole = [](int64_t elements) { return elements * int64_t(sizeof(T)) % kVecBytes == 0; };
-  return f.type == scalar_type_of<T> && f.sx == 1 && f.B * f.D * f.h * f.w * int64_t(sizeof(T)) >= kStreamedBytes &&
+  return f.type == scalar_type_of<T> && f.sx == 1 &&
+         f.B * f.D * f.h * f.w * int64_t(sizeof(T)) >= kStreamedBytes &&
          reinterpret_cast<uintptr_t>(f.data) % kVecBytes == 0 && whole(f.sb) && whole(f.sd) && whole(f.sy);
 }
 
