@@ -98,8 +98,8 @@ PSSL_NOINLINE void best_of_group(const T* const* rows, const T* divisors, int64_
     }
 }
 
-// The same over the `count` rows of values, each divided by its divisor if there are any. Pixels for which no value is
-// above -infinity get that and 0. A few rows at a time: as many streams as there are classes come in slower than these.
+// keep_best over `count` rows of values, each divided by its divisor if there are any. Pixels for which no value is above
+// -infinity get that and 0. A few rows at a time: as many streams as there are classes come in slower than these.
 template <class T>
 PSSL_NOINLINE void best_of_rows(const T* const* rows, const T* divisors, int64_t count, int64_t n, T* best,
                                 int32_t* region) {
