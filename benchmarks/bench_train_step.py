@@ -31,14 +31,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pssl.cli import parse
-from pssl.config import ModelConfig, TrainConfig
-from pssl.engine.inputs import ImageInputs
-from pssl.engine.loop import build_optimizer
-from pssl.engine.seeding import generator as seeded
-from pssl.engine.workspace import net_of
-from pssl.method.losses import Objective
+from pssl.config.model import ModelConfig
+from pssl.config.train import TrainConfig
+from pssl.core.seeding import generator as seeded
+from pssl.inputs.images import ImageInputs
+from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
+from pssl.models.build import net_of
 from pssl.models.cam_net import CamOutput
+from pssl.training.loop import build_optimizer
 
 BACKBONES = get_args(get_type_hints(ModelConfig)["backbone"])
 CLASSES = 20  # PASCAL VOC's
@@ -75,7 +76,7 @@ class Step:
         return self.images.training(range(self.batch), draws, self.objective.scales).inputs
 
     def whole(self) -> None:
-        """As `pssl.engine.loop.run_stage` makes it."""
+        """As `pssl.training.loop.run_stage` makes it."""
         self.optimizer.zero_grad(set_to_none=True)
         self.objective(self.net, self.support, self.inputs(), self.labels)["total"].backward()
         self.optimizer.step()

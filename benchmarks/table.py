@@ -12,7 +12,7 @@ from pathlib import Path
 from harness import goals, report, results
 from harness.measure import Result
 
-from pssl.engine.checkpoint import write_text
+from pssl.core.files import write_text
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- speed: python benchmarks/table.py --write -->", "<!-- /speed -->"

@@ -27,13 +27,15 @@ from PIL import Image, ImageDraw, ImageFilter
 from rich.console import Console
 from rich.table import Table
 
-from pssl.cli import Floats, parse
-from pssl.config import ModelConfig
+from pssl.cli import parse
+from pssl.config.model import ModelConfig
+from pssl.config.values import Floats
+from pssl.core.files import write_text
+from pssl.core.seeding import derive_seed
 from pssl.data import write_label_csv, write_label_png
-from pssl.engine.checkpoint import write_text
-from pssl.engine.seeding import derive_seed
-from pssl.engine.workspace import new_net, save_net
-from pssl.method.readout import Prototypes
+from pssl.models.build import new_net
+from pssl.models.checkpoints import save_net
+from pssl.models.prototypes import Prototypes
 
 CLASSES = tuple(f"class{number:02}" for number in range(1, 21))
 SIZES = ((500, 375),) * 6 + ((375, 500),) * 2 + ((500, 333), (500, 334))

@@ -12,15 +12,21 @@ from typing import Literal
 
 import yaml
 
-from pssl.cli import from_dict, parse, to_dict
-from pssl.config import DataConfig, FolderConfig, InferenceConfig, narrowed
-from pssl.engine import distributed
-from pssl.engine.cam_files import write_cams
-from pssl.engine.checkpoint import write_text
-from pssl.engine.inference import ImageMaps, read_images
-from pssl.engine.log import Log
-from pssl.engine.parallel import over_images
-from pssl.engine.workspace import build_inputs, load_net, open_data, resolve_device
+from pssl.cli import parse
+from pssl.config.data import DataConfig, FolderConfig
+from pssl.config.mapping import from_dict, to_dict
+from pssl.config.reading import InferenceConfig
+from pssl.config.values import narrowed
+from pssl.core import ranks
+from pssl.core.device import resolve_device
+from pssl.core.files import write_text
+from pssl.core.log import Log
+from pssl.core.threads import over_images
+from pssl.data.open import open_data
+from pssl.inputs.build import build_inputs
+from pssl.method.inference import ImageMaps, read_images
+from pssl.models.cam_files import write_cams
+from pssl.models.checkpoints import load_net
 
 
 @dataclass
@@ -47,7 +53,7 @@ class CamsConfig:
 def run(config: CamsConfig, log: Log | None = None) -> int:
     """Write the files of a split; returns how many this rank wrote. Images are read as in training."""
     device = resolve_device(config.device)
-    distributed.start(device)
+    ranks.start(device)
     log = log or Log()
     trained = load_net(config.checkpoint, device)
     data = DataConfig(**vars(config.data), size=trained.size, loading=trained.loading)
@@ -58,7 +64,7 @@ def run(config: CamsConfig, log: Log | None = None) -> int:
         )
     ids = folder.ids(config.split)
     inputs = build_inputs(folder, ids, trained.net, data, trained.model, {1.0, *config.inference.scales}, log)
-    own = distributed.share(range(len(ids)))
+    own = ranks.share(range(len(ids)))
     prototypes = trained.prototypes if config.readout == "prototype" else None
 
     def write(maps: ImageMaps) -> None:
@@ -70,7 +76,7 @@ def run(config: CamsConfig, log: Log | None = None) -> int:
         )
         for _ in over_images(write, read):  # threads write while this one computes
             bar.advance()
-    if distributed.is_first():
+    if ranks.is_first():
         write_text(config.out / "cams.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         log.say(f"{len(ids)} files in {config.out}")
     return len(own)
@@ -89,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse(CamsConfig, argv, prog="python -m pssl.cams"))
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 if __name__ == "__main__":

@@ -13,18 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pssl.cli import Floats, parse
-from pssl.config import FolderConfig, SweepConfig, narrowed
-from pssl.data.open import DataFolder
+from pssl.cli import parse
+from pssl.config.data import FolderConfig
+from pssl.config.reading import SweepConfig
+from pssl.config.values import Floats, narrowed
+from pssl.core import ranks
+from pssl.core.device import resolve_device
+from pssl.core.files import write_text
+from pssl.core.log import Log
+from pssl.core.threads import over_images
+from pssl.data.open import DataFolder, open_data
 from pssl.data.voc import read_label_png
-from pssl.engine import distributed
-from pssl.engine.cam_files import even_selection, read_cams
-from pssl.engine.checkpoint import write_text
-from pssl.engine.log import Log
-from pssl.engine.parallel import over_images
-from pssl.engine.results import commit, iou_table, versions
-from pssl.engine.scoring import LabelScorer, Scorer, threshold_steps
-from pssl.engine.workspace import open_data, resolve_device
+from pssl.models.cam_files import even_selection, read_cams
+from pssl.scoring.results import commit, iou_table, versions
+from pssl.scoring.scoring import LabelScorer, Scorer, threshold_steps
 from pssl_ext.ops.cam_sweep import power_thresholds
 
 
@@ -73,7 +75,7 @@ def score_cams(config: EvaluateConfig, folder: DataFolder, ids: list[str], log: 
         return (*read_cams(config.cams, image_id), folder.mask(image_id), folder.parts(image_id))
 
     with log.progress(f"score {config.split}", len(ids)) as bar:
-        for image in over_images(read, distributed.share(ids)):
+        for image in over_images(read, ranks.share(ids)):
             scorer.add(*image)
             bar.advance()
     score = scorer.result()
@@ -103,7 +105,7 @@ def score_labels(config: EvaluateConfig, folder: DataFolder, ids: list[str], log
         return labels, truth
 
     with log.progress(f"score {config.split}", len(ids)) as bar:
-        for labels, truth in over_images(read, distributed.share(ids)):
+        for labels, truth in over_images(read, ranks.share(ids)):
             scorer.add(labels, truth)
             bar.advance()
     return scorer.result().summary(("background", *folder.classes), config.unsure)
@@ -111,7 +113,7 @@ def score_labels(config: EvaluateConfig, folder: DataFolder, ids: list[str], log
 
 def run(config: EvaluateConfig, log: Log | None = None) -> dict:
     """Score the files; returns what the JSON file holds."""
-    distributed.start(resolve_device("cpu"))
+    ranks.start(resolve_device("cpu"))
     log = log or Log()
     folder = open_data(config.data)
     ids = folder.ids(config.split)
@@ -125,7 +127,7 @@ def run(config: EvaluateConfig, log: Log | None = None) -> dict:
         "commit": commit(),
         "versions": versions(),
     }
-    if distributed.is_first():
+    if ranks.is_first():
         where = config.labels or config.cams
         write_text(config.out or where / "scores.json", json.dumps(result, indent=1))
         log.say(headline(result))
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse(EvaluateConfig, argv, prog="python -m pssl.evaluate"))
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 if __name__ == "__main__":

@@ -21,15 +21,18 @@ import yaml
 from rich.table import Table
 
 from pssl import cams, evaluate, refine, report, segment, train
-from pssl.cli import Names, from_dict, parse, to_dict
-from pssl.config import TrainConfig
-from pssl.engine import distributed
-from pssl.engine.checkpoint import write_text
-from pssl.engine.claim import claim
-from pssl.engine.log import Log
-from pssl.engine.results import commit, versions
-from pssl.engine.workspace import resolve_device
-from pssl.method.settings import RefineSettings, SegmentSettings
+from pssl.cli import parse
+from pssl.config.mapping import from_dict, to_dict
+from pssl.config.refine import RefineSettings
+from pssl.config.segment import SegmentSettings
+from pssl.config.train import TrainConfig
+from pssl.config.values import Names
+from pssl.core import ranks
+from pssl.core.device import resolve_device
+from pssl.core.files import write_text
+from pssl.core.log import Log
+from pssl.core.settings_file import claim
+from pssl.scoring.results import commit, versions
 
 SPLITS = ("train", "val")
 
@@ -203,16 +206,16 @@ def run_stage(name: str, config: PipelineConfig, log: Log) -> dict:
     begin = time.perf_counter()
     outcome = STAGES[name](config, Log(log.console))
     outcome = {"seconds": round(time.perf_counter() - begin, 1), **outcome}
-    distributed.wait()
-    if distributed.is_first():
+    ranks.wait()
+    if ranks.is_first():
         write_text(path, json.dumps(outcome, indent=1))
-    distributed.wait()
+    ranks.wait()
     return outcome
 
 
 def run(config: PipelineConfig, log: Log | None = None) -> dict:
     """All stages; returns what pipeline.json holds."""
-    distributed.start(resolve_device(config.device))
+    ranks.start(resolve_device(config.device))
     log = log or Log()
     path = config.out / "pipeline.yaml"
     if path.is_file() and not config.resume:
@@ -226,7 +229,7 @@ def run(config: PipelineConfig, log: Log | None = None) -> dict:
         "commit": commit(),
         "versions": versions(),
     }
-    if distributed.is_first():
+    if ranks.is_first():
         write_text(config.out / "pipeline.json", json.dumps(result, indent=1))
         log.console.print(closing_table(config, stages["evaluate"]))
         report.run(report.ReportConfig(run=config.out), log)
@@ -265,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse(PipelineConfig, argv, prog="python -m pssl.pipeline"))
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 if __name__ == "__main__":

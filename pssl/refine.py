@@ -19,26 +19,21 @@ import torch
 from torch import Tensor
 
 from pssl.cams import CamsConfig, made_from
-from pssl.cli import parse, to_dict
-from pssl.config import DataConfig, FolderConfig, narrowed
-from pssl.data.open import DataFolder
+from pssl.cli import parse
+from pssl.config.data import DataConfig, FolderConfig
+from pssl.config.mapping import to_dict
+from pssl.config.refine import SHARPNESS, RefineSettings
+from pssl.config.values import narrowed
+from pssl.core import ranks
+from pssl.core.checkpoint import load_description
+from pssl.core.device import resolve_device
+from pssl.core.files import write_text
+from pssl.core.log import Log
+from pssl.core.settings_file import claim
+from pssl.core.threads import over_images
+from pssl.data.open import DataFolder, open_data
 from pssl.data.palette import write_label_png
-from pssl.engine import distributed
-from pssl.engine.affinities import (
-    Affinities,
-    load_head,
-    new_head,
-    save_head,
-    train_affinities,
-    write_confident_labels,
-)
-from pssl.engine.cam_files import even_selection, read_cams
-from pssl.engine.checkpoint import load_description, write_text
-from pssl.engine.claim import claim
-from pssl.engine.label_threshold import choose_threshold
-from pssl.engine.log import Log
-from pssl.engine.parallel import over_images
-from pssl.engine.workspace import build_inputs, load_net, open_data, resolve_device
+from pssl.inputs.build import build_inputs
 from pssl.method.pseudo_labels import (
     best_regions,
     crf_step,
@@ -47,8 +42,18 @@ from pssl.method.pseudo_labels import (
     probabilities,
     walk_step,
 )
-from pssl.method.settings import SHARPNESS, RefineSettings
+from pssl.models.cam_files import even_selection, read_cams
+from pssl.models.checkpoints import load_net
 from pssl.models.weights import file_digest
+from pssl.scoring.thresholds import choose_threshold
+from pssl.training.affinities import (
+    Affinities,
+    load_head,
+    new_head,
+    save_head,
+    train_affinities,
+    write_confident_labels,
+)
 from pssl_ext.ops.cam_sweep import power_thresholds
 
 Step = Callable[[str, Tensor, Tensor], Tensor]
@@ -143,7 +148,7 @@ def open_affinities(
         threshold = power_thresholds([background.power])[0]
     write_confident_labels(confident, folder, list(ids), config.cams, threshold, config, config.workers, log)
     train_affinities(affinities, confident, settings, config.seed, config.out / "affinity.state.pt", log)
-    if distributed.is_first():
+    if ranks.is_first():
         save_head(config.out / "affinity.safetensors", affinities.head, settings.scale, digest)
     affinities.head.eval()
     return affinities
@@ -239,7 +244,7 @@ def label_image(
 
 def run(config: RefineConfig, log: Log | None = None) -> dict:
     """Label a split; returns what refine.json holds."""
-    distributed.start(resolve_device(config.device))
+    ranks.start(resolve_device(config.device))
     log = log or Log()
     config, source, background = resolve(config)
     folder = open_data(config.data)
@@ -250,7 +255,7 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
     }
     digest = None if config.checkpoint is None else file_digest(config.checkpoint)
     claim(config.out / "refine.yaml", {**settings, "checkpoint_digest": digest})
-    todo = [image_id for image_id in distributed.share(ids) if not (config.out / f"{image_id}.png").is_file()]
+    todo = [image_id for image_id in ranks.share(ids) if not (config.out / f"{image_id}.png").is_file()]
     affinities = None
     if "affinity" in config.steps:
         affinities = open_affinities(config, source, background, folder, ids, log)
@@ -267,9 +272,7 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
                 sums[name] += value
             bar.advance()
     elapsed = time.perf_counter() - begin
-    totals = distributed.sum_over_ranks(
-        torch.tensor([len(todo), *sums.values()], dtype=torch.float64)
-    ).tolist()
+    totals = ranks.sum_over_ranks(torch.tensor([len(todo), *sums.values()], dtype=torch.float64)).tolist()
     written = int(totals[0])
     per_image = {n: round(t / max(written, 1), 4) for n, t in zip(names, totals[1:], strict=True)}
     path = config.out / "refine.json"
@@ -287,7 +290,7 @@ def run(config: RefineConfig, log: Log | None = None) -> dict:
         "seconds": round(elapsed, 2),
         "seconds_per_image": per_image,
     }
-    if distributed.is_first():
+    if ranks.is_first():
         write_text(path, json.dumps(result, indent=1))
         each = ", ".join(f"{name} {value:.3f} s" for name, value in per_image.items())
         log.say(f"{written} labels written, {result['kept']} kept in {config.out}; a thread's time: {each}")
@@ -299,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse(RefineConfig, argv, prog="python -m pssl.refine"))
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 if __name__ == "__main__":

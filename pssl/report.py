@@ -14,21 +14,21 @@ import numpy as np
 import tyro
 import yaml
 
-from pssl.cli import from_dict, parse
-from pssl.config import DataConfig
-from pssl.data.open import DataFolder
+from pssl.cli import parse
+from pssl.config.data import DataConfig
+from pssl.config.mapping import from_dict
+from pssl.core.files import write_text
+from pssl.core.log import Log
+from pssl.core.threads import over_images
+from pssl.data.open import DataFolder, open_data
 from pssl.data.voc import read_label_png
-from pssl.engine.cam_files import read_cams
-from pssl.engine.checkpoint import write_text
-from pssl.engine.log import Log
-from pssl.engine.parallel import over_images
-from pssl.engine.scoring import confusion, iou
-from pssl.engine.workspace import open_data
 from pssl.method.pseudo_labels import best_regions, label_scores
+from pssl.models.cam_files import read_cams
 from pssl.reporting import page as html
 from pssl.reporting import pictures
 from pssl.reporting.charts import Series, bar_chart, line_chart
 from pssl.reporting.run_files import RunFiles
+from pssl.scoring.scoring import confusion, iou
 
 KINDS = (("cams", "CAMs"), ("labels", "pseudo labels"), ("predictions", "predictions"))
 

@@ -14,30 +14,27 @@ from pathlib import Path
 
 import torch
 
-from pssl.cli import parse, to_dict
-from pssl.config import SplitsConfig, narrowed
-from pssl.data.open import DataFolder, has_mask
+from pssl.cli import parse
+from pssl.config.data import SplitsConfig
+from pssl.config.mapping import to_dict
+from pssl.config.segment import SegmentSettings
+from pssl.config.values import narrowed
+from pssl.core import ranks
+from pssl.core.device import resolve_device
+from pssl.core.files import write_text
+from pssl.core.log import Log
+from pssl.core.settings_file import claim
+from pssl.core.threads import over_images
+from pssl.data.open import DataFolder, has_mask, open_data
 from pssl.data.voc import read_label_png
-from pssl.engine import distributed
-from pssl.engine.cam_files import even_selection
-from pssl.engine.checkpoint import write_text
-from pssl.engine.claim import claim
-from pssl.engine.log import Log
-from pssl.engine.loop import run_stage
-from pssl.engine.parallel import over_images
-from pssl.engine.results import commit, iou_table, versions
-from pssl.engine.scoring import LabelScorer
-from pssl.engine.segmentation import (
-    FrozenSegmentTraining,
-    SegmentTraining,
-    load_segmenter,
-    new_segmenter,
-    save_segmenter,
-    write_prediction,
-)
-from pssl.engine.workspace import open_data, resolve_device, weights_path
-from pssl.method.settings import SegmentSettings
+from pssl.models.build import new_segmenter, weights_path
+from pssl.models.cam_files import even_selection
+from pssl.models.checkpoints import load_segmenter, save_segmenter
 from pssl.models.deeplab import DeepLab
+from pssl.scoring.results import commit, iou_table, versions
+from pssl.scoring.scoring import LabelScorer
+from pssl.training.loop import run_stage
+from pssl.training.segmentation import FrozenSegmentTraining, SegmentTraining, write_prediction
 
 
 @dataclass
@@ -129,7 +126,7 @@ def train(config: SegmentConfig, folder: DataFolder, device: torch.device, log: 
     if trained:  # else all was resumed
         log.take_losses("segment", training.history)
     outcome = {"images": len(ids), "steps": training.steps, "seconds": round(training.seconds, 1)}
-    if distributed.is_first():
+    if ranks.is_first():
         path = config.out / "checkpoints/segment.safetensors"
         save_segmenter(path, net, config.model, folder.classes, size=config.side, steps=training.steps)
         if log.losses:
@@ -141,7 +138,7 @@ def predict(config: SegmentConfig, folder: DataFolder, net: DeepLab, log: Log) -
     """Label the held-out split, ranks sharing the images; predictions that are there are kept."""
     out = config.predictions
     out.mkdir(parents=True, exist_ok=True)
-    own = distributed.share(folder.ids(config.data.val_split))
+    own = ranks.share(folder.ids(config.data.val_split))
     todo = [image_id for image_id in own if not (out / f"{image_id}.png").is_file()]
 
     def work(image_id: str) -> None:
@@ -150,7 +147,7 @@ def predict(config: SegmentConfig, folder: DataFolder, net: DeepLab, log: Log) -
     with log.progress(f"label {config.data.val_split}", len(todo)) as bar:
         for _ in over_images(work, todo, config.workers):
             bar.advance()
-    distributed.wait()
+    ranks.wait()
 
 
 def score(config: SegmentConfig, folder: DataFolder, log: Log) -> dict | None:
@@ -160,7 +157,7 @@ def score(config: SegmentConfig, folder: DataFolder, log: Log) -> dict | None:
         log.say(f"{config.data.val_split} has no masks: nothing to score")
         return None
     scorer = LabelScorer(len(folder.classes) + 1)
-    for image_id in distributed.share(ids):
+    for image_id in ranks.share(ids):
         path = config.predictions / f"{image_id}.png"
         scorer.add(read_label_png(path, len(folder.classes)), folder.mask(image_id))
     return scorer.result().summary(("background", *folder.classes), "missed")
@@ -168,24 +165,24 @@ def score(config: SegmentConfig, folder: DataFolder, log: Log) -> dict | None:
 
 def forget_predictions(config: SegmentConfig) -> None:
     """Remove predictions of an earlier network."""
-    if distributed.is_first() and config.predictions.is_dir():
+    if ranks.is_first() and config.predictions.is_dir():
         for path in config.predictions.glob("*.png"):
             path.unlink()
-    distributed.wait()
+    ranks.wait()
 
 
 def run(config: SegmentConfig, log: Log | None = None) -> dict:
     """Train, label, score; returns what segment.json holds."""
     begin = time.perf_counter()
     device = resolve_device(config.device)
-    distributed.start(device)
+    ranks.start(device)
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
     log = log or Log()
     folder = open_data(config.data)
     own = ("out", "workers", "device", "resume")
     settings = {key: value for key, value in to_dict(config).items() if key not in own}
-    if not config.resume and distributed.is_first():
+    if not config.resume and ranks.is_first():
         (config.out / "config.yaml").unlink(missing_ok=True)
     claim(config.out / "config.yaml", settings)
     trained = {}
@@ -212,7 +209,7 @@ def run(config: SegmentConfig, log: Log | None = None) -> dict:
         "commit": commit(),
         "versions": versions(),
     }
-    if distributed.is_first():
+    if ranks.is_first():
         write_text(config.out / "segment.json", json.dumps(result, indent=1))
         if scores is not None:
             log.say(f"{folder.name}, {config.data.val_split}, {scores['images']} images, {config.model.head}")
@@ -226,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parse(SegmentConfig, argv, prog="python -m pssl.segment"))
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 if __name__ == "__main__":

@@ -13,29 +13,26 @@ from pathlib import Path
 
 import torch
 
-from pssl.cli import parse, to_dict, to_yaml
-from pssl.config import TERMS_OF_ARM, TrainConfig
-from pssl.engine import distributed
-from pssl.engine.cam_files import even_selection
-from pssl.engine.checkpoint import write_text
-from pssl.engine.claim import require_same
-from pssl.engine.distributed import is_first
-from pssl.engine.experiment import Experiment, find_prototypes, open_experiment, save, score, score_role
-from pssl.engine.inference import READOUTS, read_images
-from pssl.engine.inputs import ActivationInputs
-from pssl.engine.log import Log
-from pssl.engine.loop import Stage, run_stage
-from pssl.engine.pictures import draw_comparison
-from pssl.engine.results import commit, summarise, to_csv, to_table, versions
-from pssl.engine.workspace import (
-    memory_format,
-    new_net,
-    new_pixel_correlation,
-    resolve_device,
-)
-from pssl.method.losses import Objective
+from pssl.cli import parse
+from pssl.config.mapping import to_dict, to_yaml
+from pssl.config.train import TERMS_OF_ARM, TrainConfig
+from pssl.core import ranks
+from pssl.core.device import memory_format, resolve_device
+from pssl.core.files import write_text
+from pssl.core.log import Log
+from pssl.core.ranks import is_first
+from pssl.core.settings_file import require_same
+from pssl.inputs.images import ActivationInputs
+from pssl.method.inference import READOUTS, read_images
+from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
+from pssl.models.build import new_net, new_pixel_correlation
+from pssl.models.cam_files import even_selection
 from pssl.models.cam_net import CamNet
+from pssl.reporting.comparison import draw_comparison
+from pssl.scoring.results import commit, summarise, to_csv, to_table, versions
+from pssl.training.arms import Experiment, find_prototypes, open_experiment, save, score, score_role
+from pssl.training.loop import Stage, run_stage
 
 MAY_DIFFER = (
     *("arms", "recipe", "out", "device", "threads", "resume", "pictures", "inference"),
@@ -131,7 +128,7 @@ def keep_if_best(experiment: Experiment, stage: Stage, epoch: int, seed: int, ou
 def run_seed(experiment: Experiment, seed: int, out: Path) -> dict:
     """Train and score all arms for one seed; write checkpoints and pictures; return the results."""
     config, folder = experiment.config, experiment.folder
-    layout = memory_format(config.engine)
+    layout = memory_format(config.engine.channels_last)
     stage1 = new_net(config.model, len(folder.classes), seed, memory_format=layout).to(experiment.device)
     train_inputs = experiment.inputs["train"]
     if isinstance(train_inputs, ActivationInputs):
@@ -212,7 +209,7 @@ def run(config: TrainConfig, log: Log | None = None) -> dict:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
-    distributed.start(device)
+    ranks.start(device)
     log = log or Log()
     if config.engine.tensorboard and is_first():
         log.open_tensorboard(config.out / "tensorboard")
@@ -220,7 +217,7 @@ def run(config: TrainConfig, log: Log | None = None) -> dict:
         several = len(config.seed_list) > 1  # each has a folder of its own
         but = (*MAY_DIFFER, "seeds") if several else MAY_DIFFER
         require_same(config.out / "config.yaml", to_dict(config), but)
-    distributed.wait()
+    ranks.wait()
     if is_first():
         write_text(config.out / "config.yaml", to_yaml(config))
     experiment = open_experiment(config, device, log)
@@ -242,7 +239,7 @@ def run(config: TrainConfig, log: Log | None = None) -> dict:
         "flip": config.inference.flip,
         "commit": commit(),
         "versions": versions(),
-        "ranks": distributed.world_size(),
+        "ranks": ranks.world_size(),
         "seconds": round(time.perf_counter() - begin, 1),
         "summary": rows,
         "runs": runs,
@@ -262,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(config)
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 if __name__ == "__main__":

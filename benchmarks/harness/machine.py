@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pssl.engine.results import commit, versions
+from pssl.scoring.results import commit, versions
 
 PEERS = (
     "triton",

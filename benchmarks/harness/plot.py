@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from pssl.engine.checkpoint import write_atomically
+from pssl.core.files import write_atomically
 
 from .measure import Result
 from .results import results_of

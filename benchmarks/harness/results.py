@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from pssl.engine.checkpoint import write_text
+from pssl.core.files import write_text
 
 from .measure import Result
 

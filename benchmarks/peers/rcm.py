@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pssl.method.rcm import leave_one_out
+from pssl.method.terms.rcm import leave_one_out
 
 TEMPERATURE = 0.5
 IGNORE = 255
@@ -136,8 +136,8 @@ def step(
 ) -> Callable[..., Tensor]:
     """RCM's step: region mask from SupportNet's CAMs, prototypes from its features, MainNet's pixels against those.
 
-    As `pssl.method.rcm.RCM`, whose `leave_one_out` it calls; a table of `memory` stands for the prototypes of earlier
-    batches, so that every region has one.
+    As `pssl.method.terms.rcm.RCM`, whose `leave_one_out` it calls; a table of `memory` stands for the prototypes of
+    earlier batches, so that every region has one.
     """
 
     def loss(

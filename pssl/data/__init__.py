@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .cache import cache_dir
+from pssl.core.cache import cache_dir
+
 from .check import check_images, check_labels
 from .coco import COCOFolder
 from .image_labels import from_annotations, from_image_sets, resolve_image_labels

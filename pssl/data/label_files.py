@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pssl.core.files import write_text
+
 from .inert_pickle import read_array_dict
-from .palette import temporary_beside
 
 __all__ = ["labels_from_file", "write_label_csv"]
 
@@ -116,10 +117,8 @@ def _from_npy(path: Path, classes: Sequence[str]) -> dict[str | int, np.ndarray]
 
 def write_label_csv(path: Path, ids: Sequence[str], labels: np.ndarray, classes: Sequence[str]) -> None:
     """Write labels uint8 [N,K] as a CSV of 0 and 1 that `labels_from_file` reads; whole or not at all."""
-    with (
-        temporary_beside(Path(path)) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["image", *classes])
-        writer.writerows([image_id, *row] for image_id, row in zip(ids, labels.tolist(), strict=True))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["image", *classes])
+    writer.writerows([image_id, *row] for image_id, row in zip(ids, labels.tolist(), strict=True))
+    write_text(Path(path), stream.getvalue())

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from pssl.config.data import FolderConfig, Layout
+from pssl.core.ranks import is_first, wait
+
 from .coco import COCOFolder
+from .synthetic import SyntheticConfig, ensure_synthetic
 from .voc import VOCFolder
 
 __all__ = ["DataFolder", "Layout", "open_folder"]
-
-Layout = Literal["auto", "voc", "coco"]
 
 
 class DataFolder(Protocol):
@@ -71,3 +73,19 @@ def open_folder(
             raise ValueError(f"data.labels: COCO's folder has 'auto' or a label file, got {labels!r}")
         return COCOFolder(root, label_file=None if labels == "auto" else Path(labels))
     return VOCFolder(root, label_source=labels, masks=masks, classes=classes)
+
+
+def open_data(config: FolderConfig) -> DataFolder:
+    """The data folder of the configuration; the embedded set is written first if need be."""
+    if config.root is not None:
+        return open_folder(
+            config.root,
+            layout=config.layout,
+            labels=config.labels,
+            masks=config.masks,
+            classes=config.classes,
+        )
+    if is_first():
+        ensure_synthetic(None, SyntheticConfig(variant=config.variant))
+    wait()
+    return VOCFolder(ensure_synthetic(None, SyntheticConfig(variant=config.variant)))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["colour_labels", "label_image", "temporary_beside", "voc_palette", "write_label_png"]
+from pssl.core.files import write_atomically
+
+__all__ = ["colour_labels", "label_image", "voc_palette", "write_label_png"]
 
 
 def voc_palette(n: int = 256) -> list[int]:
@@ -39,25 +37,6 @@ def colour_labels(labels: np.ndarray) -> np.ndarray:
     return np.asarray(_PALETTE, np.uint8).reshape(256, 3)[labels]
 
 
-@contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A temporary file name in `path`'s folder, renamed to `path` when the block ends well, else removed.
-
-    Readers therefore never see half a file. The folder must exist.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's 0600 would keep a group from reading a shared data set
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def label_image(labels: np.ndarray) -> Image.Image:
     """Label image uint8 [H,W] as a palette image whose indices are the labels and whose colours are VOC's.
 
@@ -79,5 +58,4 @@ def write_label_png(path: str | Path, labels: np.ndarray) -> None:
     The file appears whole or not at all; the same labels give the same bytes. Raises as `label_image` does.
     """
     image = label_image(labels)
-    with temporary_beside(Path(path)) as temporary:
-        image.save(temporary, format="PNG")
+    write_atomically(Path(path), lambda partial: image.save(partial, format="PNG"))

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pssl.config.refine import CRFConfig, PARConfig
 from pssl.data.voc import IGNORE
-from pssl.method.settings import CRFConfig, PARConfig
 from pssl_ext import dense_crf, pixel_refine, random_walk
 
 

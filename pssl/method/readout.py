@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pssl.models.prototypes import Prototypes
 from pssl_ext import pixel_refine
-
-
-@dataclass(frozen=True)
-class Prototypes:
-    """Class prototypes of a data set: `rows` [C,D] L2-normalised, `valid` bool [C], `temperature` of the softmax."""
-
-    rows: Tensor
-    valid: Tensor
-    temperature: float
 
 
 def prototype_margin(

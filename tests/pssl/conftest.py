@@ -11,9 +11,10 @@ from rich.console import Console
 
 from pssl import cams, train
 from pssl.cli import parse
-from pssl.config import DataConfig, TrainConfig
+from pssl.config.data import DataConfig
+from pssl.config.train import TrainConfig
+from pssl.core.log import Log
 from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
-from pssl.engine.log import Log
 from pssl.pipeline import PipelineConfig
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.config import ModelConfig
-from pssl.engine.workspace import net_of, new_net
+from pssl.config.model import ModelConfig
 from pssl.models.backbones import SmallBackbone
+from pssl.models.build import net_of, new_net
 from pssl.models.cam_net import CamNet
 from pssl.models.resnet38d import ResNet38d, name_from_mxnet
 from pssl.models.weights import best_prefix, load_weights, read_tensors

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pssl.config import MethodConfig, PPCConfig, SEAMConfig
-from pssl.method.losses import Objective
-from pssl.method.ppc import confidences, hard_contrast, ppc_loss, view_of
-from pssl.method.seam import seam_loss
+from pssl.config.train import MethodConfig
+from pssl.method.objective import Objective
+from pssl.method.terms.ppc import PPCConfig, confidences, hard_contrast, ppc_loss, view_of
+from pssl.method.terms.seam import SEAMConfig, seam_loss
 from pssl.models.backbones import SmallBackbone
 from pssl.models.cam_net import CamNet, CamOutput
 from pssl.models.pixel_correlation import PixelCorrelation
@@ -209,8 +209,8 @@ def test_arms_run_and_their_checkpoints_read_alike(tiny_config):
     from rich.console import Console
 
     from pssl import train
-    from pssl.engine.log import Log
-    from pssl.engine.workspace import load_net
+    from pssl.core.log import Log
+    from pssl.models.checkpoints import load_net
 
     tiny_config.arms = ("classifier", "ppc", "pssl")
     tiny_config.data.train_split, tiny_config.pictures = "val", 0

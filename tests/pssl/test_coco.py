@@ -11,7 +11,7 @@ from PIL import Image
 from pssl.data import COCOFolder, open_folder
 from pssl.data.outlines import decode_run_lengths, fill_polygon, parse_run_lengths
 from pssl.data.summary import summarise
-from pssl.engine.label_threshold import choose_threshold
+from pssl.scoring.thresholds import choose_threshold
 
 NAMES = ["COCO_train2014_000000000009", "COCO_train2014_000000000025", "COCO_train2014_000000000030"]
 

@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from pssl.cams import CamsConfig
-from pssl.cli import RECIPES, field_texts, from_dict, parse, to_dict, to_yaml
-from pssl.config import DataConfig, FolderConfig, TrainConfig
+from pssl.cli import RECIPES, field_texts, parse
+from pssl.config.data import DataConfig, FolderConfig
+from pssl.config.mapping import from_dict, to_dict, to_yaml
+from pssl.config.train import TrainConfig
 from pssl.evaluate import EvaluateConfig
 from pssl.segment import SegmentConfig
 

@@ -11,17 +11,18 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from pssl.config import MethodConfig, RCMConfig, ScheduleConfig
-from pssl.engine import distributed
-from pssl.engine.feature_cache import cached_activations
-from pssl.engine.inputs import ActivationInputs, ImageInputs
-from pssl.engine.loop import Stage, epoch_batches, run_stage
-from pssl.engine.scoring import Scorer
-from pssl.method.losses import Objective
-from pssl.method.rcm import RCM
+from pssl.config.optimizer import ScheduleConfig
+from pssl.config.train import MethodConfig
+from pssl.core import ranks
+from pssl.inputs.activations import cached_activations
+from pssl.inputs.images import ActivationInputs, ImageInputs
+from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
+from pssl.method.terms.rcm import RCM, RCMConfig
 from pssl.models.backbones import SmallBackbone
 from pssl.models.cam_net import CamNet, CamOutput, build_cam_net
+from pssl.scoring.scoring import Scorer
+from pssl.training.loop import Stage, epoch_batches, run_stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -59,7 +60,7 @@ def work(folder: Path) -> dict:
     )  # fmt: skip
     run_stage(stage)
 
-    own = list(distributed.share(range(8)))
+    own = list(ranks.share(range(8)))
     rcm = RCM(3, 8, 16, RCMConfig())
     main = net(inputs.plain(own, 1.0, False))
     loss = rcm(
@@ -68,7 +69,7 @@ def work(folder: Path) -> dict:
         [CamOutput(main.features.detach(), main.cam.detach())],
         labels[own],
     )
-    total = distributed.sum_over_ranks(loss.detach()) / distributed.world_size()
+    total = ranks.sum_over_ranks(loss.detach()) / ranks.world_size()
 
     scorer = Scorer(4, 10)
     for index in own:
@@ -93,11 +94,11 @@ def process(rank: int, ranks: int, folder: Path, port: int, job) -> None:
         "WORLD_SIZE": str(ranks), "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    distributed.start(torch.device("cpu"))
+    ranks.start(torch.device("cpu"))
     try:
         (folder / f"rank_{rank}.json").write_text(json.dumps(job(folder)))
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 def in_processes(ranks: int, folder: Path, job) -> list[dict]:
@@ -154,16 +155,16 @@ def train_unevenly(folder: Path) -> dict:
 
 def gather_unevenly() -> dict:
     """Rank r has r rows, and a mean r of r things."""
-    rank = distributed.rank()
+    rank = ranks.rank()
     mean = torch.tensor(float(rank), requires_grad=True)
-    part = distributed.share_of_mean(mean, rank)
+    part = ranks.share_of_mean(mean, rank)
     part.backward()
     return {
-        "rows": distributed.gather_rows(torch.full((rank, 2), float(rank))).tolist(),
-        "flags": distributed.gather_rows(torch.full((rank,), rank == 1)).tolist(),
-        "mean": float(distributed.sum_over_ranks(part.detach()) / distributed.world_size()),
+        "rows": ranks.gather_rows(torch.full((rank, 2), float(rank))).tolist(),
+        "flags": ranks.gather_rows(torch.full((rank,), rank == 1)).tolist(),
+        "mean": float(ranks.sum_over_ranks(part.detach()) / ranks.world_size()),
         "gradient": float(mean.grad),
-        "nothing": float(distributed.share_of_mean(torch.tensor(0.0), 0)),
+        "nothing": float(ranks.share_of_mean(torch.tensor(0.0), 0)),
     }
 
 
@@ -236,7 +237,7 @@ def test_the_command_under_torchrun(tiny_root, tmp_path):
 
 
 def test_shares_and_gathering_alone():
-    assert distributed.share([1, 2, 3]) == [1, 2, 3] and distributed.world_size() == 1
+    assert ranks.share([1, 2, 3]) == [1, 2, 3] and ranks.world_size() == 1
     rows = torch.rand(2, 3)
-    assert distributed.gather_rows(rows) is rows and distributed.is_first()
-    assert torch.equal(distributed.sum_over_ranks(rows), rows)
+    assert ranks.gather_rows(rows) is rows and ranks.is_first()
+    assert torch.equal(ranks.sum_over_ranks(rows), rows)

@@ -6,16 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.config import EngineConfig, MethodConfig, ScheduleConfig
-from pssl.engine import checkpoint
-from pssl.engine.inputs import ImageInputs
-from pssl.engine.loop import Stage, build_optimizer, epoch_batches, lr_share, run_stage
-from pssl.engine.optimizer import head_layers
-from pssl.engine.seeding import generator
-from pssl.method.losses import Objective
-from pssl.method.readout import Prototypes
+from pssl.config.optimizer import EngineConfig, ScheduleConfig
+from pssl.config.train import MethodConfig
+from pssl.core import checkpoint, files
+from pssl.core.seeding import generator
+from pssl.inputs.images import ImageInputs
+from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
 from pssl.models.cam_net import CamNet, build_cam_net
+from pssl.models.prototypes import Prototypes
+from pssl.training.loop import Stage, build_optimizer, epoch_batches, lr_share, run_stage
+from pssl.training.optimizer import head_layers
 
 
 def make_stage(state_path=None, epochs=3) -> Stage:
@@ -39,7 +40,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     tensors, description = checkpoint.load_weights(path)
     assert tensors["x"].tolist() == [1, 1] and description == {"n": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

@@ -9,8 +9,8 @@ from PIL import Image
 
 from pssl import evaluate, refine
 from pssl.data import VOCFolder, write_label_png
-from pssl.engine.cam_files import read_cams
-from pssl.engine.scoring import confusion, iou
+from pssl.models.cam_files import read_cams
+from pssl.scoring.scoring import confusion, iou
 
 
 def literal_scores(labels, truths, regions: int, unsure: str) -> tuple[np.ndarray, list[float]]:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from pssl.core.seeding import generator
 from pssl.data.transforms import to_float
-from pssl.engine.feature_cache import cached_activations, resized
-from pssl.engine.inputs import ActivationInputs
-from pssl.engine.seeding import generator
+from pssl.inputs.activations import cached_activations, resized
+from pssl.inputs.images import ActivationInputs
 from pssl.models.backbones import SmallBackbone
 
 MADE_FROM = {"backbone": "small", "weights": "0"}

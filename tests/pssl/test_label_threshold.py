@@ -7,12 +7,12 @@ import pytest
 from refining import labels_of, tiny_refine
 
 from pssl import refine
+from pssl.config.refine import RefineSettings
+from pssl.core.checkpoint import load_weights
 from pssl.data import VOCFolder
 from pssl.data.voc import read_label_png
-from pssl.engine.checkpoint import load_weights
-from pssl.engine.label_threshold import climb
-from pssl.engine.scoring import LabelScorer
-from pssl.method.settings import RefineSettings
+from pssl.scoring.scoring import LabelScorer
+from pssl.scoring.thresholds import climb
 
 
 @pytest.mark.parametrize("peak", [0.2, 0.3, 0.52, 0.01, 0.99])

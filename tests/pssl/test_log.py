@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pssl.engine import log as log_module
-from pssl.engine.log import Log
+from pssl.core import log as log_module
+from pssl.core.log import Log
 
 
 def said(terminal, resumed=0):

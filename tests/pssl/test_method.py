@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.config import MAMConfig, MethodConfig, RCMConfig
-from pssl.method.losses import Objective, classification_loss
-from pssl.method.rcm import RCM, PrototypeMemory, image_prototypes, leave_one_out
-from pssl.method.readout import Prototypes, map_regions, readout_maps
+from pssl.config.train import MethodConfig
+from pssl.method.objective import Objective, classification_loss
+from pssl.method.readout import map_regions, readout_maps
 from pssl.method.support import SupportNet
+from pssl.method.terms.mam import MAMConfig
+from pssl.method.terms.rcm import RCM, PrototypeMemory, RCMConfig, image_prototypes, leave_one_out
 from pssl.models.cam_net import CamOutput, build_cam_net
+from pssl.models.prototypes import Prototypes
 
 
 @pytest.fixture

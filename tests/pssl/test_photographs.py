@@ -8,8 +8,8 @@ from rich.console import Console
 
 from pssl import train
 from pssl.cli import parse
-from pssl.config import TrainConfig
-from pssl.engine.log import Log
+from pssl.config.train import TrainConfig
+from pssl.core.log import Log
 
 
 @pytest.mark.slow

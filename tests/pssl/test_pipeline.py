@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pssl import pipeline, segment, train
-from pssl.cli import overlay, parse
-from pssl.config import TrainConfig
+from pssl.cli import parse
+from pssl.config.mapping import overlay
+from pssl.config.train import TrainConfig
 from pssl.data import VOCFolder
 
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.config import InferenceConfig, RCMConfig
-from pssl.engine.cam_files import read_cams, write_cams
-from pssl.engine.inference import final_prototypes, read_images
-from pssl.engine.inputs import ImageInputs
-from pssl.engine.scoring import Scorer, iou
-from pssl.method.rcm import RCM, image_prototypes
-from pssl.method.readout import Prototypes, prototype_margin
+from pssl.config.reading import InferenceConfig
+from pssl.inputs.images import ImageInputs
+from pssl.method.inference import final_prototypes, read_images
+from pssl.method.readout import prototype_margin
+from pssl.method.terms.rcm import RCM, RCMConfig, image_prototypes
+from pssl.models.cam_files import read_cams, write_cams
 from pssl.models.cam_net import build_cam_net
+from pssl.models.prototypes import Prototypes
+from pssl.scoring.scoring import Scorer, iou
 
 SIZES = {"a": (20, 28), "b": (16, 16), "c": (33, 17), "d": (16, 16)}
 LABELS = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]])

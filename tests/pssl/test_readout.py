@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.config import MAMConfig, MethodConfig, RCMConfig
-from pssl.method.losses import Objective
-from pssl.method.mam import mam_loss, readout_target
-from pssl.method.readout import Prototypes, readout_maps
+from pssl.config.train import MethodConfig
+from pssl.method.objective import Objective
+from pssl.method.readout import readout_maps
 from pssl.method.support import SupportNet
+from pssl.method.terms.mam import MAMConfig, mam_loss, readout_target
+from pssl.method.terms.rcm import RCMConfig
 from pssl.models.cam_net import build_cam_net
+from pssl.models.prototypes import Prototypes
 from pssl_ext import pixel_refine
 
 LABELS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])

@@ -16,20 +16,21 @@ from rich.console import Console
 
 from pssl import cams, evaluate, pipeline, refine, segment
 from pssl import config as configuration
-from pssl.cli import RECIPES, overlay, parse, to_dict
-from pssl.config import RECIPE_OF_BACKBONE, TERMS_OF_ARM, InferenceConfig, TrainConfig
+from pssl.cli import RECIPES, parse
+from pssl.config.mapping import overlay, to_dict
+from pssl.config.reading import InferenceConfig
+from pssl.config.segment import RECIPE_OF_SEGMENTER
+from pssl.config.train import RECIPE_OF_BACKBONE, TERMS_OF_ARM, TrainConfig
+from pssl.core.log import Log
 from pssl.data import VOCFolder
 from pssl.data.transforms import random_colours
-from pssl.engine.inference import ImageMaps, read_images
-from pssl.engine.inputs import FileInputs
-from pssl.engine.log import Log
-from pssl.engine.optimizer import build_optimizer, head_layers
-from pssl.engine.segmentation import build_segmenter
-from pssl.engine.workspace import net_of
+from pssl.inputs.images import FileInputs
 from pssl.method import settings
-from pssl.method.losses import Objective
-from pssl.method.settings import RECIPE_OF_SEGMENTER
+from pssl.method.inference import ImageMaps, read_images
+from pssl.method.objective import Objective
+from pssl.models.build import build_segmenter, net_of
 from pssl.models.cam_net import build_cam_net
+from pssl.training.optimizer import build_optimizer, head_layers
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -258,7 +259,7 @@ def test_colours_change_as_in_hsv():
 
 def test_a_run_from_files_with_a_best_epoch_and_tensorboard(tiny_config):
     from pssl import train
-    from pssl.engine.workspace import load_net
+    from pssl.models.checkpoints import load_net
 
     tiny_config.arms, tiny_config.pictures, tiny_config.data.train_split = ("classifier",), 0, "val"
     tiny_config.data.loading, tiny_config.data.size = "files", 40

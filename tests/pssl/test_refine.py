@@ -14,12 +14,12 @@ from PIL import Image
 from refining import labels_of, tiny_refine
 
 from pssl import refine
+from pssl.config.refine import CRFConfig, PARConfig, RefineSettings
+from pssl.core import ranks
+from pssl.core import settings_file as claims
+from pssl.core.threads import over_images
 from pssl.data import VOCFolder, voc_palette
 from pssl.data.voc import read_label_png
-from pssl.engine import claim as claims
-from pssl.engine import distributed
-from pssl.engine.cam_files import read_cams, write_cams
-from pssl.engine.parallel import over_images
 from pssl.method.affinity import AffinityHead, affinity_losses
 from pssl.method.pseudo_labels import (
     best_regions,
@@ -31,7 +31,7 @@ from pssl.method.pseudo_labels import (
     shares,
     walk_step,
 )
-from pssl.method.settings import CRFConfig, PARConfig, RefineSettings
+from pssl.models.cam_files import read_cams, write_cams
 from pssl_ext import dense_crf, pixel_refine, random_walk
 
 
@@ -301,7 +301,7 @@ def one_rank(rank: int, port: int, config: refine.RefineConfig) -> None:
     try:
         refine.run(config)
     finally:
-        distributed.stop()
+        ranks.stop()
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ from PIL import Image
 
 from pssl import pipeline, report, segment, train
 from pssl.data import VOCFolder, colour_labels
-from pssl.engine.scoring import LabelScorer
 from pssl.reporting.charts import SERIES, Series, bar_chart, line_chart, smoothed, thinned, ticks
 from pssl.reporting.page import STYLE, table
 from pssl.reporting.run_files import LOSSES, RunFiles
+from pssl.scoring.scoring import LabelScorer
 
 BROWSER = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 BROWSER += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]

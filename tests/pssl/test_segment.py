@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pssl import evaluate, refine, segment
-from pssl.config import ModelConfig
+from pssl.config.model import ModelConfig, SegmenterConfig
+from pssl.core.checkpoint import load_weights
 from pssl.data import VOCFolder, random_labelled_crop, write_label_png
 from pssl.data.voc import read_label_png
-from pssl.engine import segmentation
-from pssl.engine.checkpoint import load_weights
-from pssl.engine.loop import Draw
-from pssl.engine.segmentation import load_segmenter, new_segmenter
-from pssl.method.settings import SegmenterConfig
 from pssl.models.backbones import SmallBackbone, build_backbone
+from pssl.models.build import new_segmenter
+from pssl.models.checkpoints import load_segmenter
 from pssl.models.deeplab import DeepLab, segmentation_loss
+from pssl.training import segmentation
+from pssl.training.loop import Draw
 from pssl_ext import dense_crf
 
 
@@ -299,7 +299,7 @@ def test_training_shows_squares_of_its_own_size(tiny_cams, tiny_labels, tmp_path
         shown.add(tuple(labels.shape[1:]))
         return segmentation_loss(logits, labels)
 
-    monkeypatch.setattr("pssl.engine.segmentation.segmentation_loss", loss)
+    monkeypatch.setattr("pssl.training.segmentation.segmentation_loss", loss)
     config = tiny_segment(tiny_cams, tiny_labels, tmp_path / "run", size=40)
     config.schedule.epochs = 1
     segment.run(config, quiet)

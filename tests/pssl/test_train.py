@@ -13,11 +13,12 @@ from rich.console import Console
 
 from pssl import cams, evaluate, train
 from pssl.cli import parse
-from pssl.config import ARMS, TrainConfig
+from pssl.config.train import ARMS, TrainConfig
+from pssl.core.log import Log
 from pssl.data import VOCFolder, open_folder, write_label_csv
-from pssl.engine.cam_files import write_cams
-from pssl.engine.log import Log
-from pssl.engine.workspace import load_net, usable_images
+from pssl.data.split import usable_images
+from pssl.models.cam_files import write_cams
+from pssl.models.checkpoints import load_net
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +12,10 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
+from pssl.core.cache import cache_dir
+from pssl.core.files import folder_in_the_making
+
 from .. import palette
-from ..cache import cache_dir
 from ..palette import label_image
 from ..voc import IGNORE
 from . import creatures, picture, scenery
@@ -86,23 +83,9 @@ def write_synthetic(root: str | Path, config: SyntheticConfig = SyntheticConfig(
         raise FileExistsError(
             f"{root}: expected a new or empty folder for the synthetic set, got one with content"
         )
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_folder(root) as temporary:
+    with folder_in_the_making(root) as temporary:
         _write_folder(temporary, config)
-        temporary.replace(root)
     return root
-
-
-@contextmanager
-def _temporary_folder(root: Path) -> Iterator[Path]:
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
-    try:
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def ensure_synthetic(

@@ -1,0 +1,1 @@
+"""The typed configuration: what every value is and where its default comes from."""

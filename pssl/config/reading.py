@@ -1,0 +1,57 @@
+"""Settings of how a trained network is read and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pssl.config.values import Floats, require, require_scales
+
+
+@dataclass
+class InferenceConfig:
+    """How a trained network is read."""
+
+    scales: Floats = (0.5, 1.0, 1.5, 2.0)
+    """Scales whose maps are averaged (the multi-scale CAMs of PSA, SEAM and IRN)."""
+    flip: bool = True
+    """Also read the mirrored image (same source)."""
+    batch_size: int = 32
+    """Images of side `data.size` at a time; with `loading: files` those of one size, as many as have no more pixels."""
+
+    def __post_init__(self) -> None:
+        require_scales(self.scales)
+        require("batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
+
+
+@dataclass
+class SweepConfig:
+    """How CAMs are scored."""
+
+    steps: int = 100
+    """Background thresholds tried: i/steps for i in 1..steps-1."""
+
+    def __post_init__(self) -> None:
+        require("steps", self.steps, self.steps >= 2, "2 or more")
+
+
+@dataclass
+class EvaluationConfig(SweepConfig):
+    """How CAMs are scored."""
+
+    train_images: int | None = None
+    """Score this many images of the training split, evenly spaced in its list. None: all."""
+    every: int = 0
+    """Score the CAMs on these training images after every so many epochs too, and keep the best network as
+    checkpoints/ARM.best.safetensors. Held images have no say in it. 0: never."""
+
+
+@dataclass
+class PredictConfig:
+    """How a trained network labels an image."""
+
+    scales: Floats = (0.75, 1.0, 1.25)
+    """Scales whose probabilities are averaged."""
+    flip: bool = True
+    """Also read the mirrored image."""
+    crf: bool = False
+    """Refine the probabilities by the CRF (DeepLab v1 and v2 do, v3+ does not)."""

@@ -1,1 +1,0 @@
-"""What runs the method: inputs, the loop, checkpoints, reading, scoring, logging, several processes."""

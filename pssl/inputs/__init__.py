@@ -1,0 +1,1 @@
+"""Images and cached activations as a network sees them."""

@@ -1,0 +1,1 @@
+"""Trainings: of CAM networks, of affinities, of segmentation networks, and the loop that runs them."""
