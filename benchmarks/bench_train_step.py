@@ -39,7 +39,7 @@ from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
 from pssl.models.build import net_of
 from pssl.models.cam_net import CamOutput
-from pssl.training.loop import build_optimizer
+from pssl.training.optimizer import build_optimizer
 
 BACKBONES = get_args(get_type_hints(ModelConfig)["backbone"])
 CLASSES = 20  # PASCAL VOC's
@@ -60,11 +60,11 @@ class Step:
         net = net_of(config.model, CLASSES)  # weights change no time
         self.net = net.to(self.device, memory_format=torch.channels_last).train()
         self.objective = Objective(
-            config.method, CLASSES, self.net.dim, config.data.size, rcm=True, mam=True
+            config.method, ("rcm", "mam"), classes=CLASSES, dim=self.net.dim, size=config.data.splits.size
         ).to(self.device)
         self.support = SupportNet(self.net, config.method.support.mode, config.method.support.momentum)
         self.optimizer = build_optimizer(self.net, config.schedule.lr, config.schedule)
-        self.batch, side = config.schedule.batch_size, config.data.size
+        self.batch, side = config.schedule.batch_size, config.data.splits.size
         images = torch.randint(0, 256, (self.batch, 3, side, side), generator=g, dtype=torch.uint8)
         self.labels = image_labels(g, self.batch, CLASSES).to(self.device)
         normalise, zoom = self.net.backbone.normalise, config.data.zoom
@@ -76,7 +76,7 @@ class Step:
         return self.images.training(range(self.batch), draws, self.objective.scales).inputs
 
     def whole(self) -> None:
-        """As `pssl.training.loop.run_stage` makes it."""
+        """As `pssl.training.loop.run_training` makes it."""
         self.optimizer.zero_grad(set_to_none=True)
         self.objective(self.net, self.support, self.inputs(), self.labels)["total"].backward()
         self.optimizer.step()
@@ -86,7 +86,7 @@ class Step:
         """The step cut into (name, what it does); each is to be run before the next is asked for."""
         objective, seen, target, leaves = self.objective, {}, {}, {}
         inputs: dict[float, Tensor] = {}
-        others = [s for s in objective.main_scales if s != 1]
+        others = [s for s in objective.main_scales() if s != 1]
 
         def see(scales: list[float]) -> None:
             for scale in scales:
@@ -113,7 +113,7 @@ class Step:
         yield "main network, other scales", lambda: see([s for s in others if s > 1])
         yield (
             "support network",
-            lambda: target.update({s: self.support(inputs[s]) for s in objective.support_scales}),
+            lambda: target.update({s: self.support(inputs[s]) for s in objective.support_scales()}),
         )
         for name in ("classification", "rcm", "mam"):
             yield name, lambda name=name: loss(name)

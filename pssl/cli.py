@@ -1,113 +1,163 @@
-"""From YAML files and flags to a typed configuration, and back.
+"""Commands: from flags and YAML files to a typed configuration, and from that to a run.
 
-Order, later wins: field defaults, recipes (only for configurations whose `recipes` names some: section to file, ""
-being the whole), ``--config FILE.yaml``, flags.
-A key that no field has is an error that names the nearest one.
+A value comes from, later wins: field defaults, recipes (only for configurations whose `recipes` names some: section to
+file, "" being the whole), ``--config FILE.yaml``, flags. :class:`Command` is the frame in which every command runs.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import itertools
-import re
+import contextlib
+import io
+import os
 import shutil
 import sys
 import textwrap
-import typing
-from functools import cache, partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import tyro
 import yaml
-from tyro.constructors import (
-    ConstructorRegistry,
-    StructConstructorSpec,
-    StructFieldSpec,
-    StructTypeInfo,
-)
 
-from pssl.config.mapping import ConfigError, overlay
+from pssl.config.mapping import ConfigError, overlay, setting
+from pssl.core.errors import InputError, MissingPackage
 
-T = TypeVar("T")
+C = TypeVar("C")
+R = TypeVar("R")
 RECIPES = Path(__file__).parent / "recipes"
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-3, which YAML 1.1 reads as a text
-
-
 NOTES = (
     '--config FILE.yaml sets values before flags do, by the same names: "data: {root: VOC2012}". It may be given '
     "several times, and a run's own config.yaml is one.",
     '"Paper": Yoon et al., arXiv 2112.05351. "Measured": chosen on the training images of the data named.',
 )
-
-_SECTIONS = ConstructorRegistry()
-
-
-@_SECTIONS.struct_rule
-def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A dataclass as tyro reads it, but for its fields' texts, which tyro would break where the source does."""
-    if not dataclasses.is_dataclass(info.type):
-        return None
-    hints = typing.get_type_hints(info.type, include_extras=True)
-    fields = (
-        StructFieldSpec(
-            item.name,
-            hints[item.name],
-            getattr(info.default, item.name),
-            partial(lambda name: field_texts(info.type).get(name), item.name),
-        )
-        for item in dataclasses.fields(info.type)
-    )
-    return StructConstructorSpec(info.type, tuple(fields))
+MENDABLE = (InputError, MissingPackage, OSError, FloatingPointError)
+"""Errors that a command ends in one line: what a person gave or lacks, files and disks, a training that diverged."""
 
 
-@cache
-def field_texts(kind: type) -> dict[str, str]:
-    """What the docstring after each field of a dataclass says, as one line."""
-    texts = {}
-    for part in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
-        for entry, after in itertools.pairwise(body):
-            if isinstance(entry, ast.AnnAssign) and isinstance(after, ast.Expr):
-                texts[entry.target.id] = " ".join(ast.literal_eval(after.value).split())
-    return texts
+class Command(Generic[C, R]):
+    """A job with a configuration, as a function and as a command; made by :func:`command`.
+
+    Called from Python, ``run(config, log=None)`` joins the ranks that torchrun announces, sets threads and determinism
+    for as long as it runs, and raises what goes wrong. :meth:`main` is the same for a terminal: what a person can mend
+    is one line ``error: ...`` and exit status 2; a traceback means a fault of ours, or ``PSSL_DEBUG=1``.
+    """
+
+    def __init__(self, name: str, config: type[C], job: Callable[[C, Any], R]) -> None:
+        self.name = name
+        self.config = config
+        self.job = job
+        self.__doc__ = job.__doc__
+        self.__wrapped__ = job
+
+    def __call__(self, config: C, log: Any = None) -> R:
+        """Run the job; `log` (:class:`pssl.core.log.Log`) takes what it says, by default the terminal."""
+        from pssl.core.log import Log
+
+        with _frame(config):
+            return self.job(config, log or Log())
+
+    def main(self, argv: list[str] | None = None) -> R:
+        """Run the job as `argv` (default: the command line) describes it, and return what it returns."""
+        from pssl.core import ranks
+
+        try:
+            return self(parse(self.config, argv, f"python -m {self.name}"))
+        except BrokenPipeError:  # who reads the output has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        except MENDABLE as error:
+            if os.environ.get("PSSL_DEBUG") == "1":
+                raise
+            _end(error)
+        finally:
+            ranks.stop()
 
 
-def _command_line(kind: type[T], prog: str | None, flags: list[str], default: T) -> T:
-    columns = min(shutil.get_terminal_size().columns, 110)
-    # lines that begin with a blank are left as they are
-    notes = [textwrap.fill(note, columns, subsequent_indent="  ") for note in NOTES]
-    text = "\n".join([textwrap.fill(" ".join((kind.__doc__ or "").split()), columns), *notes])
-    return tyro.cli(kind, prog=prog, description=text, args=flags, default=default, registry=_SECTIONS)
+def command(name: str, config: type[C]) -> Callable[[Callable[[C, Any], R]], Command[C, R]]:
+    """Make a :class:`Command` of the function below: ``@command("pssl.cams", CamsConfig)`` of ``run(config, log)``."""
+    return lambda job: Command(name, config, job)
 
 
-def parse(kind: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
-    """The configuration that `argv` (default: the command line) describes; exits with a message if it is wrong.
+@contextlib.contextmanager
+def _frame(config: Any) -> Iterator[None]:
+    """Ranks, threads and determinism of a job; what was set before is set again afterwards, but for the ranks."""
+    import torch
+
+    from pssl.core import ranks
+    from pssl.core.device import resolve_device
+
+    device = resolve_device(setting(config, "device") or "cpu")
+    ranks.start(device)
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        if setting(config, "threads") is not None:
+            torch.set_num_threads(setting(config, "threads"))
+        torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _end(error: BaseException) -> NoReturn:
+    """End the process with the error in one line; a rank but the first says which it is."""
+    from pssl.core import ranks
+
+    who = f" (rank {ranks.rank()})" if ranks.rank() else ""
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"error{who}: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
+
+
+def parse(kind: type[C], argv: list[str] | None = None, prog: str | None = None) -> C:
+    """Return the configuration that `argv` (default: the command line) describes; InputError says what is wrong in it.
 
     `prog` is the command's name in its help, as in "python -m pssl.train".
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    files, flags = _take_config_files(argv)
+    base = overlay(kind(), *[_read(path) for path in files])
+    if hasattr(base, "recipes"):
+        quiet = [flag for flag in flags if flag not in ("-h", "--help")]  # help shows the recipe's values
+        chosen = _command_line(kind, prog, quiet, base).recipes
+        recipes = [_within(section, *_read(_recipe_path(name))) for section, name in chosen.items()]
+        named = [
+            _within(section, name, {"recipe": name.rpartition("/")[2]}) for section, name in chosen.items()
+        ]
+        base = overlay(kind(), *recipes, *[_read(path) for path in files], *named)
+        for section in chosen:
+            flags = _without(flags, f"--{section}.recipe" if section else "--recipe")
+    return _command_line(kind, prog, flags, base)
+
+
+def _command_line(kind: type[C], prog: str | None, flags: list[str], default: C) -> C:
+    columns = min(shutil.get_terminal_size().columns, 110)
+    # lines that begin with a blank are left as they are
+    notes = [textwrap.fill(note, columns, subsequent_indent="  ") for note in NOTES]
+    text = "\n".join([textwrap.fill(" ".join((kind.__doc__ or "").split()), columns), *notes])
+    shown = io.StringIO()
     try:
-        files, flags = _take_config_files(argv)
-        base = overlay(kind(), *[_read(path) for path in files])
-        if hasattr(base, "recipes"):
-            helpless = [
-                flag for flag in flags if flag not in ("-h", "--help")
-            ]  # which shows the recipe's values
-            chosen = _command_line(kind, prog, helpless, base).recipes
-            recipes = [_within(section, *_read(_recipe_path(name))) for section, name in chosen.items()]
-            named = [
-                _within(section, name, {"recipe": name.rpartition("/")[2]})
-                for section, name in chosen.items()
-            ]
-            base = overlay(kind(), *recipes, *[_read(path) for path in files], *named)
-            for section in chosen:
-                flags = _without(flags, f"--{section}.recipe" if section else "--recipe")
-        return _command_line(kind, prog, flags, base)
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(kind, prog=prog, description=text, args=flags, default=default)
+    except SystemExit as end:
+        refused = _cause(end)
+        if refused is not None:  # one of our own checks, which tyro would set in a frame
+            raise refused from None
+        print(shown.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _cause(error: BaseException) -> InputError | None:
+    """Return the InputError during whose handling `error` was raised, if any."""
+    while error.__context__ is not None:
+        error = error.__context__
+        if isinstance(error, InputError):
+            return error
+    return None
 
 
 def _recipe_path(name: str) -> Path:
@@ -119,7 +169,7 @@ def _recipe_path(name: str) -> Path:
 
 
 def _within(section: str, source: str, values: dict) -> tuple[str, dict]:
-    """A source whose values are those of a section of the configuration ("": the whole)."""
+    """Return a source whose values are those of a section of the configuration ("": the whole)."""
     return source, {section: values} if section else values
 
 
@@ -139,7 +189,7 @@ def _take_config_files(argv: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def _without(argv: list[str], flag: str) -> list[str]:
-    """`argv` without `flag` and its value."""
+    """Return `argv` without `flag` and its value."""
     kept, skip = [], False
     for word in argv:
         if skip:
@@ -152,7 +202,7 @@ def _without(argv: list[str], flag: str) -> list[str]:
 
 
 def _read(path: Path) -> tuple[str, dict]:
-    """A YAML file's mapping, with its name for messages."""
+    """Return a YAML file's mapping, with its name for messages."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

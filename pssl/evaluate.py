@@ -9,22 +9,24 @@ were come by and the whole curve, to OUT (JSON).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from pssl.cli import parse
+from pssl.cli import command
 from pssl.config.data import FolderConfig
 from pssl.config.reading import SweepConfig
-from pssl.config.values import Floats, narrowed
+from pssl.config.values import Floats
 from pssl.core import ranks
-from pssl.core.device import resolve_device
+from pssl.core.errors import InputError
 from pssl.core.files import write_text
 from pssl.core.log import Log
 from pssl.core.threads import over_images
 from pssl.data.open import DataFolder, open_data
+from pssl.data.origin import folder_from, require_classes, split_from
+from pssl.data.split import open_split
 from pssl.data.voc import read_label_png
-from pssl.models.cam_files import even_selection, read_cams
+from pssl.models.cam_files import read_cams
 from pssl.scoring.results import commit, iou_table, versions
 from pssl.scoring.scoring import LabelScorer, Scorer, threshold_steps
 from pssl_ext.ops.cam_sweep import power_thresholds
@@ -39,8 +41,10 @@ class EvaluateConfig:
     labels: Path | None = None
     """Folder of label PNGs to score in place of CAMs: of pssl.refine, of pssl.segment, or any others."""
     data: FolderConfig = field(default_factory=FolderConfig)
-    split: str = "train"
-    """ImageSets split to score; every image of it needs a file."""
+    """Settings that are left as they are: those that the files were made from, if their folder says it."""
+    split: str | None = None
+    """Split to score; every image of it that has a mask needs a file. None: the one whose images the files are of, if
+    their folder says it, else train."""
     images: int | None = None
     """Score this many images, evenly spaced in the split's list. None: all."""
     threshold: float | None = None
@@ -55,20 +59,24 @@ class EvaluateConfig:
     """JSON file to write. None: scores.json in the folder that is scored."""
 
     def __post_init__(self) -> None:
-        self.data = narrowed(FolderConfig, self.data)
-        self.evaluation = narrowed(SweepConfig, self.evaluation)
         if self.unsure not in ("missed", "ignored"):
-            raise ValueError(f"unsure: expected 'missed' or 'ignored', got {self.unsure!r}")
+            raise InputError(f"unsure: expected 'missed' or 'ignored', got {self.unsure!r}")
         if self.powers and self.threshold is not None:
-            raise ValueError("powers: expected none beside a threshold, got both")
+            raise InputError("powers: expected none beside a threshold, got both")
         if self.threshold is not None and not 0 <= self.threshold < 1:
-            raise ValueError(f"threshold: expected a value of 0 or more, below 1, got {self.threshold}")
+            raise InputError(f"threshold: expected a value of 0 or more, below 1, got {self.threshold}")
+
+    @property
+    def place(self) -> Path:
+        """The folder that is scored."""
+        return self.labels or self.cams
 
 
 def score_cams(config: EvaluateConfig, folder: DataFolder, ids: list[str], log: Log) -> dict:
-    """The score of CAM files; the sweep always, a fixed threshold beside it."""
+    """Score CAM files: the sweep always, a fixed threshold beside it."""
     steps = threshold_steps(config.evaluation.steps)
-    swept = power_thresholds(config.powers) if config.powers else sorted({*steps, *given(config)})
+    given = () if config.threshold is None else (config.threshold,)
+    swept = power_thresholds(config.powers) if config.powers else sorted({*steps, *given})
     scorer = Scorer(len(folder.classes) + 1, swept)
 
     def read(image_id: str) -> tuple:
@@ -88,20 +96,15 @@ def score_cams(config: EvaluateConfig, folder: DataFolder, ids: list[str], log: 
     return {**result, "thresholds": score.thresholds}
 
 
-def given(config: EvaluateConfig) -> tuple[float, ...]:
-    """The fixed threshold, if there is one."""
-    return () if config.threshold is None else (config.threshold,)
-
-
 def score_labels(config: EvaluateConfig, folder: DataFolder, ids: list[str], log: Log) -> dict:
-    """The score of label PNGs."""
+    """Score label PNGs."""
     scorer = LabelScorer(len(folder.classes) + 1)
 
     def read(image_id: str) -> tuple:
         path = config.labels / f"{image_id}.png"
         labels, truth = read_label_png(path, len(folder.classes)), folder.mask(image_id)
         if labels.shape != truth.shape:
-            raise ValueError(f"{path}: expected the ground truth's size {truth.shape}, got {labels.shape}")
+            raise InputError(f"{path}: expected the ground truth's size {truth.shape}, got {labels.shape}")
         return labels, truth
 
     with log.progress(f"score {config.split}", len(ids)) as bar:
@@ -111,32 +114,37 @@ def score_labels(config: EvaluateConfig, folder: DataFolder, ids: list[str], log
     return scorer.result().summary(("background", *folder.classes), config.unsure)
 
 
-def run(config: EvaluateConfig, log: Log | None = None) -> dict:
-    """Score the files; returns what the JSON file holds."""
-    ranks.start(resolve_device("cpu"))
-    log = log or Log()
+@command("pssl.evaluate", EvaluateConfig)
+def run(config: EvaluateConfig, log: Log) -> dict:
+    """Score the files; return what the JSON file holds."""
+    place = config.place
+    if not place.is_dir():
+        raise FileNotFoundError(f"{place}: expected a folder to score, found none")
+    config = replace(config, data=folder_from(place, config.data), split=split_from(place, config.split))
     folder = open_data(config.data)
-    ids = folder.ids(config.split)
-    ids = [ids[i] for i in even_selection(len(ids), config.images)]
+    require_classes(place, folder.classes)
+    split = open_split(folder, config.split, config.data, log).selection(config.images)
+    if not split.scored:
+        raise InputError(f"{folder.root}, split {split.name}: expected masks to score by, found none")
     score = score_cams if config.labels is None else score_labels
     result = {
         "data": folder.name,
         "scored": "cams" if config.labels is None else "labels",
         "split": config.split,
-        **score(config, folder, ids, log),
+        **split.counts(),
+        **score(config, folder, split.scored, log),
         "commit": commit(),
         "versions": versions(),
     }
     if ranks.is_first():
-        where = config.labels or config.cams
-        write_text(config.out or where / "scores.json", json.dumps(result, indent=1))
-        log.say(headline(result))
+        write_text(config.out or place / "scores.json", json.dumps(result, indent=1))
+        log.say(f"{headline(result)}{split.said()}")
         log.console.print(iou_table(result))
     return result
 
 
 def headline(result: dict) -> str:
-    """What was scored, and how."""
+    """Return what was scored, and how, in a line."""
     how = f"255 is {result['unsure']}" if result["scored"] == "labels" else ""
     if result["scored"] == "cams":
         chosen = "given" if result["threshold_from"] == "given" else f"best on {result['threshold_from']}"
@@ -146,13 +154,5 @@ def headline(result: dict) -> str:
     return f"{result['data']}, {result['split']}, {result['images']} images, {how}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    try:
-        run(parse(EvaluateConfig, argv, prog="python -m pssl.evaluate"))
-    finally:
-        ranks.stop()
-
-
 if __name__ == "__main__":
-    main()
+    run.main()

@@ -261,7 +261,7 @@ def run(config: ReportConfig, log: Log | None = None) -> Path:
     files = RunFiles(config.run)
     files.require_something()
     data = from_dict(DataConfig, files.config[1]["data"], str(config.run))
-    report = Report(files, open_data(data), data.val_split, config.images)
+    report = Report(files, open_data(data.folder), data.splits.val_split, config.images)
     source = files.metrics or files.segmentation
     said = (source.get("commit") or "unknown")[:12]
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())

@@ -9,41 +9,41 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
-import torch
-
-from pssl.cli import parse
-from pssl.config.data import SplitsConfig
+from pssl.cli import command
+from pssl.config.data import SplitDataConfig
 from pssl.config.mapping import to_dict
 from pssl.config.segment import SegmentSettings
-from pssl.config.values import narrowed
+from pssl.config.values import PART
 from pssl.core import ranks
 from pssl.core.device import resolve_device
 from pssl.core.files import write_text
 from pssl.core.log import Log
-from pssl.core.settings_file import claim
+from pssl.core.settings_file import write_or_require_same
 from pssl.core.threads import over_images
-from pssl.data.open import DataFolder, has_mask, open_data
+from pssl.data.open import DataFolder, open_data
+from pssl.data.origin import Origin, folder_from, require_classes, splits_from
+from pssl.data.split import Split, open_split
 from pssl.data.voc import read_label_png
-from pssl.models.build import new_segmenter, weights_path
-from pssl.models.cam_files import even_selection
-from pssl.models.checkpoints import load_segmenter, save_segmenter
+from pssl.models.checkpoints import load_segmenter
 from pssl.models.deeplab import DeepLab
 from pssl.scoring.results import commit, iou_table, versions
 from pssl.scoring.scoring import LabelScorer
-from pssl.training.loop import run_stage
-from pssl.training.segmentation import FrozenSegmentTraining, SegmentTraining, write_prediction
+from pssl.training.segmentation import train_segmenter, write_prediction
 
 
 @dataclass
-class SegmentConfig(SegmentSettings):
+class SegmentConfig:
     """`python -m pssl.segment`: DeepLab on pseudo labels."""
 
+    settings: Annotated[SegmentSettings, PART] = field(default_factory=SegmentSettings)
     labels: Path = Path("runs/labels")
     """Folder of label PNGs for the training split: of pssl.refine, or others; 255 is not learnt from."""
-    data: SplitsConfig = field(default_factory=SplitsConfig)
+    data: SplitDataConfig = field(default_factory=SplitDataConfig)
+    """Settings that are left as they are: those that the labels were made from, if their folder says it."""
     images: int | None = None
     """Train on this many images, evenly spaced in the split's list. None: all."""
     checkpoint: Path | None = None
@@ -59,105 +59,41 @@ class SegmentConfig(SegmentSettings):
     resume: bool = False
     """Carry on from what OUT holds; the configuration must be the same."""
 
-    def __post_init__(self) -> None:
-        self.data = narrowed(SplitsConfig, self.data)  # a CAM training's says more
-
     @property
     def recipes(self) -> dict[str, str]:
         """The recipes to start from: section to file (see pssl.cli)."""
-        return {"": self.recipe_for(self.model.backbone)}
-
-    @property
-    def side(self) -> int:
-        """Side of the square that training shows."""
-        return self.size or self.data.size
+        return {"": self.settings.recipe_for(self.settings.model.backbone)}
 
     @property
     def predictions(self) -> Path:
         """The folder of predictions."""
-        return self.out / "results/VOC2012/Segmentation" / f"comp6_{Path(self.data.val_split).stem}_cls"
-
-
-def train(config: SegmentConfig, folder: DataFolder, device: torch.device, log: Log) -> tuple[DeepLab, dict]:
-    """Train a network, or finish training it; returns it in eval mode, with how it went."""
-    ids = folder.ids(config.data.train_split)
-    ids = [ids[i] for i in even_selection(len(ids), config.images)]
-    missing = [image_id for image_id in ids if not (config.labels / f"{image_id}.png").is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{config.labels}: expected a label PNG for each of {len(ids)} images of {config.data.train_split}, "
-            f"{len(missing)} are missing: {', '.join(missing[:3])}"
+        return (
+            self.out / "results/VOC2012/Segmentation" / f"comp6_{Path(self.data.splits.val_split).stem}_cls"
         )
-    net, told = new_segmenter(config.model, len(folder.classes), config.seed)
-    log.say(told)
-    kind, more = SegmentTraining, {}
-    if config.model.frozen:
-        kind = FrozenSegmentTraining
-        more = {
-            "weights": config.model.init or weights_path(config.model),
-            "backbone": config.model.backbone,
-            "scales": config.frozen_scales,
-            "log": log,
-        }
-    training = kind(
-        net.to(device),
-        folder,
-        ids,
-        config.labels,
-        config.side,
-        config.zoom,
-        config.schedule,
-        config.schedule.epochs,
-        config.seed,
-        config.out / "checkpoints/segment.state.pt",
-        config.workers,
-        **more,
-    )
-    trained: list[float] = []
-    with log.progress("train segment", training.steps) as bar:
-
-        def on_step(values: dict[str, float]) -> None:
-            log.plot("segment", values)
-            trained.append(values["step"])
-            bar.reach(int(values["step"]) + 1, f"loss {values['total']:.3f}")
-
-        run_stage(training, resume=config.resume, on_step=on_step)
-        bar.reach(training.steps)
-    if trained:  # else all was resumed
-        log.take_losses("segment", training.history)
-    outcome = {"images": len(ids), "steps": training.steps, "seconds": round(training.seconds, 1)}
-    if ranks.is_first():
-        path = config.out / "checkpoints/segment.safetensors"
-        save_segmenter(path, net, config.model, folder.classes, size=config.side, steps=training.steps)
-        if log.losses:
-            log.write_losses(config.out / "losses.csv")
-    return net.eval(), outcome
 
 
-def predict(config: SegmentConfig, folder: DataFolder, net: DeepLab, log: Log) -> None:
+def predict(config: SegmentConfig, folder: DataFolder, split: Split, net: DeepLab, log: Log) -> None:
     """Label the held-out split, ranks sharing the images; predictions that are there are kept."""
-    out = config.predictions
+    out, settings = config.predictions, config.settings
     out.mkdir(parents=True, exist_ok=True)
-    own = ranks.share(folder.ids(config.data.val_split))
-    todo = [image_id for image_id in own if not (out / f"{image_id}.png").is_file()]
+    todo = [image_id for image_id in ranks.share(split.ids) if not (out / f"{image_id}.png").is_file()]
 
     def work(image_id: str) -> None:
-        write_prediction(net, folder, image_id, out, config.predict, config.crf)
+        write_prediction(net, folder, image_id, out, settings.predict, settings.crf)
 
-    with log.progress(f"label {config.data.val_split}", len(todo)) as bar:
+    with log.progress(f"label {split.name}", len(todo)) as bar:
         for _ in over_images(work, todo, config.workers):
             bar.advance()
     ranks.wait()
 
 
-def score(config: SegmentConfig, folder: DataFolder, log: Log) -> dict | None:
-    """Scores of the predictions; None for a split without masks, as VOC's test split is."""
-    ids = folder.ids(config.data.val_split)
-    if not any(has_mask(folder, image_id) for image_id in ids):
-        log.say(f"{config.data.val_split} has no masks: nothing to score")
+def score(config: SegmentConfig, folder: DataFolder, split: Split, log: Log) -> dict | None:
+    """Score the predictions; None for a split without masks, as VOC's test split is."""
+    if not split.scored:
+        log.say(f"{split.name} has no masks: nothing to score")
         return None
     scorer = LabelScorer(len(folder.classes) + 1)
-    for image_id in ranks.share(ids):
+    for image_id in ranks.share(split.scored):
         path = config.predictions / f"{image_id}.png"
         scorer.add(read_label_png(path, len(folder.classes)), folder.mask(image_id))
     return scorer.result().summary(("background", *folder.classes), "missed")
@@ -171,37 +107,59 @@ def forget_predictions(config: SegmentConfig) -> None:
     ranks.wait()
 
 
-def run(config: SegmentConfig, log: Log | None = None) -> dict:
-    """Train, label, score; returns what segment.json holds."""
-    begin = time.perf_counter()
-    device = resolve_device(config.device)
-    ranks.start(device)
-    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    log = log or Log()
-    folder = open_data(config.data)
-    own = ("out", "workers", "device", "resume")
-    settings = {key: value for key, value in to_dict(config).items() if key not in own}
+def open_run(config: SegmentConfig, log: Log) -> tuple[SegmentConfig, DataFolder, dict[str, Split]]:
+    """Take the data from the labels where they are not given, and open what is needed of them."""
+    place = config.labels if config.checkpoint is None else config.checkpoint.parent
+    if config.checkpoint is None and not place.is_dir():
+        raise FileNotFoundError(f"{place}: expected a folder of label PNGs, found none")
+    data = SplitDataConfig(folder_from(place, config.data.folder), splits_from(place, config.data.splits))
+    config = replace(config, data=data)
+    folder = open_data(data.folder)
+    require_classes(place, folder.classes)
+    splits = {"val": open_split(folder, data.splits.val_split, data.folder, log)}
+    if config.checkpoint is None:
+        train = open_split(folder, data.splits.train_split, data.folder, log)
+        splits["train"] = train.selection(config.images)
+    return config, folder, splits
+
+
+def keep_settings(config: SegmentConfig, folder: DataFolder) -> None:
+    """Write OUT/config.yaml and OUT/data.yaml; on `resume` the former must say the same already."""
     if not config.resume and ranks.is_first():
         (config.out / "config.yaml").unlink(missing_ok=True)
-    claim(config.out / "config.yaml", settings)
-    trained = {}
+    own = ("out", "workers", "device", "resume")
+    settings = {key: value for key, value in to_dict(config).items() if key not in own}
+    write_or_require_same(config.out / "config.yaml", settings)
+    Origin(config.data, config.data.splits.val_split, tuple(folder.classes)).write(config.out)
+
+
+@command("pssl.segment", SegmentConfig)
+def run(config: SegmentConfig, log: Log) -> dict:
+    """Train, label, score; return what segment.json holds."""
+    begin, settings = time.perf_counter(), config.settings
+    config, folder, splits = open_run(config, log)
+    keep_settings(config, folder)
+    device, trained = resolve_device(config.device), {}
     if config.checkpoint is not None:
         net = load_segmenter(config.checkpoint, folder.classes).to(device)
     else:
-        net, trained = train(config, folder, device, log)
+        net, trained = train_segmenter(
+            settings, folder, splits["train"], config.labels, settings.size or config.data.splits.size,
+            seed=config.seed, out=config.out, workers=config.workers, resume=config.resume, device=device, log=log,
+        )  # fmt: skip
     if log.losses or not config.resume:
         forget_predictions(config)
-    predict(config, folder, net, log)
-    scores = score(config, folder, log)
+    predict(config, folder, splits["val"], net, log)
+    scores = score(config, folder, splits["val"], log)
     result = {
         "data": folder.name,
-        "split": config.data.val_split,
-        "head": config.model.head,
-        "backbone": config.model.backbone,
-        "scales": list(config.predict.scales),
-        "flip": config.predict.flip,
-        "crf": config.predict.crf,
+        "split": splits["val"].name,
+        "head": settings.model.head,
+        "backbone": settings.model.backbone,
+        "scales": list(settings.predict.scales),
+        "flip": settings.predict.flip,
+        "crf": settings.predict.crf,
+        **splits["val"].counts(),
         **(scores or {}),
         "training": trained,
         "seed": config.seed,
@@ -212,19 +170,12 @@ def run(config: SegmentConfig, log: Log | None = None) -> dict:
     if ranks.is_first():
         write_text(config.out / "segment.json", json.dumps(result, indent=1))
         if scores is not None:
-            log.say(f"{folder.name}, {config.data.val_split}, {scores['images']} images, {config.model.head}")
+            log.say(f"{folder.name}, {result['split']}, {result['images']} images, {settings.model.head}")
             log.console.print(iou_table(result))
-        log.say(f"{result['seconds']:.0f} s in all; predictions in {config.predictions}")
+        left_out = "".join(split.said() for split in splits.values())
+        log.say(f"{result['seconds']:.0f} s in all; predictions in {config.predictions}{left_out}")
     return result
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    try:
-        run(parse(SegmentConfig, argv, prog="python -m pssl.segment"))
-    finally:
-        ranks.stop()
-
-
 if __name__ == "__main__":
-    main()
+    run.main()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pssl.config.values import Floats, require
+from pssl.config.values import PART, Floats, require
 
 Layout = Literal["auto", "voc", "coco"]
 
@@ -30,11 +30,14 @@ class FolderConfig:
     """VOC's folder of ground-truth masks; SegmentationClassAug for those of SBD (Hariharan et al. 2011)."""
     classes: Path | None = None
     """File of class names, one a line, line k being region k. None: the folder's classes.txt, else found in it."""
+    check: Literal["headers", "decode", "nothing"] = "headers"
+    """What every stage looks at before it starts: whether files are there, whole and of one size ("headers": first and
+    last bytes; "decode": every pixel). Images that are not are named and left out."""
 
 
 @dataclass
-class SplitsConfig(FolderConfig):
-    """Which images, and how large they are shown to the network."""
+class SplitsConfig:
+    """Splits of the data set, and the input size."""
 
     train_split: str = "train"
     """Split to train on: a list of ImageSets/Segmentation (VOC), an annotation file's name (COCO: train2014), or the
@@ -49,12 +52,19 @@ class SplitsConfig(FolderConfig):
 
 
 @dataclass
-class DataConfig(SplitsConfig):
-    """Which images, and how they are shown to the network."""
+class SplitDataConfig:
+    """A data folder and its splits."""
 
-    check: Literal["headers", "decode", "nothing"] = "headers"
-    """What is looked at before training: whether files are there, whole and of one size ("headers": first and last
-    bytes; "decode": every pixel). Images that are not are named and left out."""
+    folder: Annotated[FolderConfig, PART] = field(default_factory=FolderConfig)
+    splits: Annotated[SplitsConfig, PART] = field(default_factory=SplitsConfig)
+
+
+@dataclass
+class DataConfig:
+    """A data folder, its splits, and how images are shown to the network."""
+
+    folder: Annotated[FolderConfig, PART] = field(default_factory=FolderConfig)
+    splits: Annotated[SplitsConfig, PART] = field(default_factory=SplitsConfig)
     loading: Literal["memory", "files"] = "memory"
     """"memory": every image is resized to a square of side `size` once, and kept. "files": images are read when they
     are needed, in their own proportions: cut to `size` for training, whole and as large as they are for CAMs (SEAM,
@@ -70,6 +80,5 @@ class DataConfig(SplitsConfig):
     """Threads that read images while the network computes, for `loading: files`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         rising = len(self.zoom) == 2 and 0 < self.zoom[0] <= self.zoom[1]
         require("zoom", self.zoom, rising, "two numbers above 0, the smaller first")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from pssl.config.values import PART
 from pssl.core.errors import InputError
 
 T = TypeVar("T")
@@ -25,19 +26,40 @@ class ConfigError(InputError):
     """A configuration that cannot be understood; the text says which file and key."""
 
 
+def parts(kind: type) -> dict[str, type]:
+    """Return the fields of a configuration that are parts of it (:data:`pssl.config.values.PART`), and their types."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        item.name: typing.get_args(hints[item.name])[0]
+        for item in dataclasses.fields(kind)
+        if any(mark is PART for mark in getattr(hints[item.name], "__metadata__", ()))
+    }
+
+
+def setting(config: Any, name: str) -> Any:
+    """Return a setting of a configuration or of a part of it; None where there is none of that name."""
+    if name in {item.name for item in dataclasses.fields(config)}:
+        return getattr(config, name)
+    found = (setting(getattr(config, part), name) for part in parts(type(config)))
+    return next((value for value in found if value is not None), None)
+
+
 def known_keys(config: Any, prefix: str = "") -> list[str]:
-    """All dotted keys of a configuration, sections included."""
+    """Return all dotted keys of a configuration, sections included."""
     keys = []
     for item in dataclasses.fields(config):
-        keys.append(prefix + item.name)
         value = getattr(config, item.name)
+        if item.name in parts(type(config)):
+            keys += known_keys(value, prefix)
+            continue
+        keys.append(prefix + item.name)
         if dataclasses.is_dataclass(value):
             keys += known_keys(value, prefix + item.name + ".")
     return keys
 
 
 def overlay(config: T, *sources: tuple[str, dict]) -> T:
-    """A copy of `config` with each source's values in place of its own."""
+    """Return a copy of `config` with each source's values in place of its own; a source is its name and its values."""
     for name, values in sources:
         config = _overlay(config, values, name, "", known_keys(config))
     return config
@@ -46,14 +68,15 @@ def overlay(config: T, *sources: tuple[str, dict]) -> T:
 def _overlay(config: Any, values: dict, source: str, prefix: str, known: list[str]) -> Any:
     hints = typing.get_type_hints(type(config))
     changes = {}
+    for name in parts(type(config)):
+        part = getattr(config, name)
+        own = {key: value for key, value in values.items() if key in known_keys(part)}
+        values = {key: value for key, value in values.items() if key not in own}
+        changes[name] = _overlay(part, own, source, prefix, known)
     for key, value in values.items():
         dotted = f"{prefix}{key}"
-        if key not in hints:
-            by_leaf = {item.rpartition(".")[2]: item for item in reversed(known)}
-            near = difflib.get_close_matches(dotted, known, 1, 0.6)
-            near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(str(key), by_leaf, 1, 0.5)]
-            hint = f"; the nearest known key is {near[0]!r}" if near else f"; known: {', '.join(known)}"
-            raise ConfigError(f"{source}: unknown key {dotted!r}{hint}")
+        if key not in hints or key in changes:
+            raise ConfigError(f"{source}: unknown key {dotted!r}{_nearest(dotted, known)}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
@@ -63,8 +86,19 @@ def _overlay(config: Any, values: dict, source: str, prefix: str, known: list[st
             changes[key] = _convert(value, hints[key], source, dotted)
     try:
         return dataclasses.replace(config, **changes)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{source}: {prefix}{error}") from None
+
+
+def _nearest(dotted: str, known: list[str]) -> str:
+    """Return a hint that names the known key most like an unknown one, or all of them where none is like it."""
+    by_leaf = {item.rpartition(".")[2]: item for item in reversed(known)}
+    near = difflib.get_close_matches(dotted, known, 1, 0.6)
+    leaf = dotted.rpartition(".")[2]
+    near = near or [by_leaf[found] for found in difflib.get_close_matches(leaf, by_leaf, 1, 0.5)]
+    return f"; the nearest known key is {near[0]!r}" if near else f"; known: {', '.join(known)}"
 
 
 def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
@@ -96,16 +130,41 @@ def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
 
 
 def to_dict(config: Any) -> dict:
-    """The configuration as plain YAML and JSON values."""
+    """Return the configuration as plain YAML and JSON values; the settings of parts stand among its own."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name in parts(type(config)):
+            found |= to_dict(value)
+        else:
+            found[item.name] = _plain(value)
+    return found
 
-    def plain(value: Any) -> Any:
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def changed(config: Any) -> dict:
+    """Return, as :func:`to_dict` does, the settings alone that differ from the defaults of the configuration's type."""
+    return _changed(to_dict(config), to_dict(type(config)()))
+
+
+def _changed(values: dict, defaults: dict) -> dict:
+    found = {}
+    for key, value in values.items():
         if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(dataclasses.asdict(config))
+            value = _changed(value, defaults[key])
+            if not value:
+                continue
+        elif value == defaults[key]:
+            continue
+        found[key] = value
+    return found
 
 
 def from_dict(kind: type[T], values: dict, source: str) -> T:

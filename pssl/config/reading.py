@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from pssl.config.values import Floats, require, require_scales
+from pssl.config.values import PART, Floats, require, require_scales
 
 
 @dataclass
@@ -35,8 +36,10 @@ class SweepConfig:
 
 
 @dataclass
-class EvaluationConfig(SweepConfig):
-    """How CAMs are scored."""
+class EvaluationConfig:
+    """How and on which images CAMs are scored while training."""
+
+    sweep: Annotated[SweepConfig, PART] = field(default_factory=SweepConfig)
 
     train_images: int | None = None
     """Score this many images of the training split, evenly spaced in its list. None: all."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pssl.config.optimizer import OptimizerConfig
 from pssl.config.values import Floats, Integers
+from pssl.core.errors import InputError
 
 STEPS = ("crf", "par", "affinity")
 
@@ -105,17 +106,17 @@ class RefineSettings:
         steps = self.steps
         if any(step not in STEPS for step in steps) or len(set(steps)) != len(steps):
             expected = f"'none', or different names of {', '.join(STEPS)} joined by '+'"
-            raise ValueError(f"method: expected {expected}, got {self.method!r}")
+            raise InputError(f"method: expected {expected}, got {self.method!r}")
         if self.threshold is not None and self.power is not None:
-            raise ValueError("power: expected none beside a threshold, got both")
+            raise InputError("power: expected none beside a threshold, got both")
         if self.threshold is not None and not 0 < self.threshold < 1:
-            raise ValueError(f"threshold: expected a value between 0 and 1, got {self.threshold}")
+            raise InputError(f"threshold: expected a value between 0 and 1, got {self.threshold}")
         if self.threshold_images < 0:
-            raise ValueError(f"threshold_images: expected 0 or more, got {self.threshold_images}")
+            raise InputError(f"threshold_images: expected 0 or more, got {self.threshold_images}")
         if self.sharpness is not None and self.sharpness <= 0:
-            raise ValueError(f"sharpness: expected a value above 0, got {self.sharpness}")
+            raise InputError(f"sharpness: expected a value above 0, got {self.sharpness}")
         if self.power is not None and self.power <= 0:
-            raise ValueError(f"power: expected a value above 0, got {self.power}")
+            raise InputError(f"power: expected a value above 0, got {self.power}")
 
     @property
     def steps(self) -> tuple[str, ...]:

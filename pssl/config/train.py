@@ -15,34 +15,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from pssl.config.data import DataConfig
 from pssl.config.model import ModelConfig
 from pssl.config.optimizer import EngineConfig, ScheduleConfig
 from pssl.config.reading import EvaluationConfig, InferenceConfig
-from pssl.config.values import Floats, Integers, Names, require, require_scales
-from pssl.method.terms.mam import MAMConfig
-from pssl.method.terms.ppc import PPCConfig
-from pssl.method.terms.rcm import RCMConfig
-from pssl.method.terms.seam import SEAMConfig
-
-ARMS = ("classifier", "classifier_long", "rcm", "mam", "rcm+mam")
-"""What is trained by default: stage 1 alone, stage 1 carried on for as many steps as the other arms, and stage 1
-followed by training with RCM, MAM or both."""
-
-TERMS_OF_ARM: dict[str, tuple[str, ...]] = {
-    "classifier": (),
-    "classifier_long": (),
-    "rcm": ("rcm",),
-    "mam": ("mam",),
-    "rcm+mam": ("rcm", "mam"),
-    "pssl": ("rcm", "mam"),
-    "seam": ("seam",),
-    "ppc": ("seam", "ppc"),
-}
-"""The terms beside classification in the loss of each arm that can be asked for. "pssl" is the paper's name of rcm+mam;
-"seam" (Wang et al. 2020) and "ppc" (Du et al. 2022, on top of SEAM) are baselines from the same stage 1."""
+from pssl.config.values import Integers, Names, require
+from pssl.core.errors import InputError
+from pssl.method.arms import ARMS, DEFAULT_ARMS
+from pssl.method.terms import TERMS, MethodConfig
 
 RECIPE_OF_BACKBONE = {
     "small": "synthetic",
@@ -51,36 +32,6 @@ RECIPE_OF_BACKBONE = {
     "timm": "voc12_resnet50",
 }
 """The recipe (``pssl/recipes/NAME.yaml``) that ``recipe: auto`` stands for."""
-
-
-@dataclass
-class SupportConfig:
-    """SupportNet, the source of pixel-level targets (paper, section 3)."""
-
-    mode: Literal["ema", "frozen", "shared"] = "ema"
-    """"ema": moving average of MainNet; "frozen": MainNet as it was when the arm started; "shared": MainNet's own
-    weights, in eval mode and without gradient."""
-    momentum: float = 0.996
-    """support <- momentum * support + (1 - momentum) * main, after each step. 0.996: as BYOL (Grill et al. 2020)."""
-    scales: Floats = (0.5, 1.0, 1.5, 2.0)
-    """Scales of SupportNet's CAMs (paper)."""
-
-    def __post_init__(self) -> None:
-        require_scales(self.scales)
-
-
-@dataclass
-class MethodConfig:
-    """The terms of the arms."""
-
-    support: SupportConfig = field(default_factory=SupportConfig)
-    rcm: RCMConfig = field(default_factory=RCMConfig)
-    mam: MAMConfig = field(default_factory=MAMConfig)
-    seam: SEAMConfig = field(default_factory=SEAMConfig)
-    ppc: PPCConfig = field(default_factory=PPCConfig)
-    classification_weight: float = 1.0
-    """Weight of the classification loss in the arms (paper: 1). It is the multi-label soft-margin loss, which is the
-    binary cross-entropy of the logits, averaged over classes."""
 
 
 @dataclass
@@ -99,7 +50,7 @@ class TrainConfig:
     (files of pssl/recipes), or "auto": the backbone's own."""
     out: Path = Path("runs/train")
     """Folder for everything the run leaves behind."""
-    arms: Names = ARMS
+    arms: Names = DEFAULT_ARMS
     """Arms to train and compare: classifier, classifier_long, rcm, mam, rcm+mam (or pssl, the same), seam, ppc."""
     seed: int = 0
     """Seed of weights, order, flips and crops. Same seed, same machine, same numbers."""
@@ -116,24 +67,22 @@ class TrainConfig:
     """Held-out images drawn into OUT/pictures."""
 
     def __post_init__(self) -> None:
-        unknown = [arm for arm in self.arms if arm not in TERMS_OF_ARM]
+        unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown:
-            raise ValueError(f"arms: expected names from {', '.join(TERMS_OF_ARM)}, got {', '.join(unknown)}")
+            raise InputError(f"arms: expected names from {', '.join(ARMS)}, got {', '.join(unknown)}")
         require("arms", "none", len(self.arms) > 0, "at least one")
         if len(set(self.arms)) != len(self.arms) or {"pssl", "rcm+mam"} <= set(self.arms):
-            raise ValueError(f"arms: expected each once (pssl is rcm+mam), got {', '.join(self.arms)}")
+            raise InputError(f"arms: expected each once (pssl is rcm+mam), got {', '.join(self.arms)}")
 
     def check(self) -> None:
-        """ValueError for settings that do not fit each other, before anything is trained by them."""
-        terms = {term for arm in self.arms for term in TERMS_OF_ARM[arm]}
-        method = self.method
-        if "mam" in terms:
-            for scale in method.mam.scales:
-                method.mam.partners(scale, method.support.scales)
-        for name, term in (("rcm", method.rcm), ("mam", method.mam)):
-            fits = name not in terms or term.from_epoch < self.schedule.arm_epochs
+        """Raise InputError for settings that do not fit each other, before anything is trained by them."""
+        terms = dict.fromkeys(term for arm in self.arms for term in ARMS[arm])
+        for name in terms:
+            term = getattr(self.method, name)
+            TERMS[name].check(term, self.method)
+            from_epoch = getattr(term, "from_epoch", 0)
             expected = f"less than the arms' {self.schedule.arm_epochs} epochs"
-            require(f"method.{name}.from_epoch", term.from_epoch, fits, expected)
+            require(f"method.{name}.from_epoch", from_epoch, from_epoch < self.schedule.arm_epochs, expected)
 
     @property
     def recipes(self) -> dict[str, str]:

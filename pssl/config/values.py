@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from pssl.core.errors import InputError
@@ -25,6 +26,10 @@ Floats = Annotated[tuple[float, ...], _list_of(float, "X,Y,..")]
 Integers = Annotated[tuple[int, ...], _list_of(int, "I,J,..")]
 Names = Annotated[tuple[str, ...], _list_of(str, "A,B,..")]
 
+PART = tyro.conf.arg(name="")
+"""Marks a field that is a part of its configuration: ``folder: Annotated[FolderConfig, PART]``. The part's settings are
+named like the configuration's own, on the command line (``--data.root``) and in files (``data: {root: ...}``)."""
+
 
 def require(name: str, value: object, good: bool, expected: str) -> None:
     """Raise InputError unless `good`."""
@@ -35,10 +40,3 @@ def require(name: str, value: object, good: bool, expected: str) -> None:
 def require_scales(scales: Sequence[float]) -> None:
     """Raise InputError unless these are scales."""
     require("scales", scales, len(scales) > 0 and min(scales) > 0, "one or more numbers above 0")
-
-
-def narrowed(kind, config):
-    """The part of a configuration that one of its base classes has, as such."""
-    from dataclasses import fields
-
-    return kind(**{item.name: getattr(config, item.name) for item in fields(kind)})

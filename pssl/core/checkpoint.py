@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pssl.core.errors import InputError
 from pssl.core.files import write_atomically
 
 FORMAT = "pssl-checkpoint-1"
@@ -44,9 +45,9 @@ def _read(path: Path, whole: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()} if whole else {}
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a {FORMAT} file, got none of safetensors ({error})") from None
+        raise InputError(f"{path}: expected a {FORMAT} file, got none of safetensors ({error})") from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a {FORMAT} file, its format says {metadata.get('format')!r}")
+        raise InputError(f"{path}: expected a {FORMAT} file, its format says {metadata.get('format')!r}")
     return tensors, json.loads(metadata["description"])
 
 

@@ -6,14 +6,26 @@ import os
 
 import torch
 
+from pssl.core.errors import InputError
+
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA (this rank's, under torchrun) where there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    """Return the device of that name; "auto" is CUDA (this rank's, under torchrun) where there is one, else the CPU.
+
+    Raises InputError for a name that is no device, and for a device that is not there.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not cuda:
+        raise InputError(f"device: expected auto or cpu, since torch sees no CUDA device here, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {name!r}")
+    return device
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

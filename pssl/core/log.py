@@ -1,4 +1,4 @@
-"""What a run says while it works: progress bars on a terminal, lines elsewhere; losses as CSV."""
+"""Log of a run: progress bars on a terminal, lines elsewhere; losses as CSV."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pssl.core.errors import MissingPackage
 from pssl.core.files import write_atomically
 from pssl.core.ranks import is_first
 
-LOSS_COLUMNS = ("stage", "epoch", "step", "lr", "classification", "rcm", "mam", "seam", "ppc", "total")
-
+STEP_COLUMNS = ("stage", "epoch", "step", "lr")
+"""What losses.csv says of a step before its losses, which are named by who computes them; their sum comes last."""
 LINE_EVERY = 60.0  # seconds, where there is no terminal to draw a bar on
 
 
 class Log:
-    """Console and loss file of one run; silent on all ranks but the first."""
+    """Log of a run: progress bars, messages, losses. Silent on all ranks but the first."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(quiet=not is_first())
@@ -29,14 +30,27 @@ class Log:
             self.console = Console(quiet=not is_first(), width=110)
         self.losses: list[dict] = []
         self._writer = None
+        self._said: set[str] = set()
+
+    def stage(self) -> Log:
+        """Return a log of its own for a stage of this run: losses apart, the same console, nothing said twice."""
+        log = Log(self.console)
+        log._said = self._said
+        return log
 
     def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """Print one line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def say_once(self, text: str) -> None:
+        """Print one line, unless this run has said it before."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Bar]:
-        """A bar of `total` steps; where there is no terminal, a line a minute and one at the end."""
+        """Show a bar of `total` steps; where there is no terminal, a line a minute and one at the end."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,17 +62,17 @@ class Log:
             yield Bar(progress, progress.add_task(f"{title:<24}", total=total, note=""))
 
     def open_tensorboard(self, folder: Path) -> None:
-        """Have :meth:`plot` write for TensorBoard too. ImportError, with what to install, without the extra."""
+        """Have :meth:`plot` write for TensorBoard too. Raises MissingPackage without the extra."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackage(
                 f"engine.tensorboard: tensorboard cannot be imported ({error}); `pip install pssl[tensorboard]`"
             ) from error
         self._writer = SummaryWriter(folder)
 
     def plot(self, stage: str, values: dict[str, float]) -> None:
-        """One step's losses for TensorBoard, if it is open."""
+        """Plot one step's losses for TensorBoard, if it is open."""
         if self._writer is not None:
             for name in values.keys() - {"epoch", "step"}:
                 self._writer.add_scalar(f"{name}/{stage}", values[name], int(values["step"]))
@@ -72,7 +86,9 @@ class Log:
     def write_losses(self, path: Path) -> None:
         """Write all steps' losses so far, one row a step."""
         stream = io.StringIO(newline="")
-        writer = csv.DictWriter(stream, LOSS_COLUMNS)
+        names = dict.fromkeys(name for row in self.losses for name in row if name not in STEP_COLUMNS)
+        losses = sorted(names, key=lambda name: name == "total")
+        writer = csv.DictWriter(stream, (*STEP_COLUMNS, *losses))
         writer.writeheader()
         writer.writerows(self.losses)
         write_atomically(path, lambda partial: partial.write_bytes(stream.getvalue().encode()))

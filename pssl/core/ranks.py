@@ -1,8 +1,8 @@
 """Several processes as one: `torchrun --nproc-per-node N -m pssl.train`.
 
 Each rank takes a contiguous share of every batch, in rank order, so that gathered rows stand in the order of the
-global batch. Gradients and batch-norm statistics are averaged, counts are summed, prototypes are gathered. With one
-process every function here returns its argument.
+global batch. Counts are summed, prototypes gathered, batch-norm statistics averaged; gradients are
+DistributedDataParallel's (:mod:`pssl.training.loop`). With one process every function here returns its argument.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -106,10 +106,3 @@ def average_(tensors: Iterable[Tensor]) -> None:
     flat /= world_size()
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
-
-
-@torch.no_grad()
-def synchronise(net: nn.Module) -> None:
-    """After backward: mean gradients and mean running statistics on every rank."""
-    average_(p.grad for p in net.parameters() if p.grad is not None)
-    average_(b for b in net.buffers() if b.is_floating_point())

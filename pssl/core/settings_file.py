@@ -1,4 +1,4 @@
-"""A folder that is filled in several goes holds what one set of settings made, and says which."""
+"""Settings files: a folder that is filled in several runs holds what one set of settings made, and says which."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 import yaml
 
+from pssl.core.errors import InputError
 from pssl.core.files import write_text
 from pssl.core.ranks import is_first, wait
 
 
-def claim(path: Path, settings: dict[str, Any]) -> None:
+def write_or_require_same(path: Path, settings: dict[str, Any]) -> None:
     """Write `settings` to the YAML file `path`; where it is there already, require it to say the same.
 
-    ValueError, naming the file and the settings that differ, where it says something else: what lies beside it was
-    made otherwise, and must not be mixed with what is made now.
+    Raises InputError, naming the file and the settings that differ, where it says something else: what lies beside it
+    was made otherwise, and must not be mixed with what is made now.
     """
     require_same(path, settings)
     wait()
@@ -26,7 +27,7 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
 
 
 def require_same(path: Path, settings: dict[str, Any], but: Collection[str] = ()) -> None:
-    """ValueError, as of :func:`claim`, if the YAML file `path` is there and differs from `settings`.
+    """Raise InputError, as :func:`write_or_require_same` does, if the file is there and differs from `settings`.
 
     `but` are dotted names of settings and sections that may.
     """
@@ -35,14 +36,14 @@ def require_same(path: Path, settings: dict[str, Any], but: Collection[str] = ()
     there = yaml.safe_load(path.read_text(encoding="utf-8"))
     differing = _differences(there if isinstance(there, dict) else {}, settings, but)
     if differing:
-        raise ValueError(
+        raise InputError(
             f"{path.parent}: expected what these settings made, got what others did, which differ in "
             f"{', '.join(differing[:5])}; name another folder, or remove this one"
         )
 
 
 def _differences(there: dict, here: dict, but: Collection[str], prefix: str = "") -> list[str]:
-    """Dotted names of what differs, with both values."""
+    """Return the dotted names of what differs, with both values."""
     found = []
     for key in dict.fromkeys([*here, *there]):
         old, new = there.get(key), here.get(key)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pssl.core.errors import InputError
+
 from .open import DataFolder
 from .voc import load_image
 
@@ -107,7 +109,7 @@ def _whole(path: Path, decode: bool) -> tuple[int, int]:
         with Image.open(path) as picture:
             size, end = picture.size, END.get(picture.format or "")
     except OSError:
-        raise ValueError(f"{path}: not an image") from None
+        raise InputError(f"{path}: not an image") from None
     if not decode:
         with path.open("rb") as stream:
             stream.seek(max(path.stat().st_size - TAIL, 0))

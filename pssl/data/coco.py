@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pssl.core.errors import InputError
+
 from .image_labels import check_id
 from .label_files import labels_from_file
 from .outlines import decode_run_lengths, fill_polygon, parse_run_lengths
@@ -81,7 +83,7 @@ class COCOFolder:
     def ids(self, split: str) -> list[str]:
         """Image ids (file names without ending) of a split, in the order of the annotation file."""
         if split not in self.splits:
-            raise ValueError(f"{self.root}: no split {split!r}; annotations has {', '.join(self.splits)}")
+            raise InputError(f"{self.root}: no split {split!r}; annotations has {', '.join(self.splits)}")
         return [image_id for image_id, image in self._split(split).items() if image.objects]
 
     def image_path(self, image_id: str) -> Path:
@@ -110,7 +112,7 @@ class COCOFolder:
             try:
                 mask[_draw(outline, image.height, image.width)] = region
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{self._annotations(split)}: image {image_id}: {error}") from None
+                raise InputError(f"{self._annotations(split)}: image {image_id}: {error}") from None
         return mask
 
     def parts(self, image_id: str) -> None:
@@ -146,13 +148,13 @@ class COCOFolder:
                 content = json.loads(path.read_bytes(), object_hook=_compact)
                 categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
                 if self._categories and categories != self._categories:
-                    raise ValueError("its categories differ from another split's")
+                    raise InputError("its categories differ from another split's")
                 self._categories = categories
                 self._read[split] = _index(content, categories)
             except KeyError as error:
-                raise ValueError(f"{path}: expected COCO's instances, got an entry without {error}") from None
+                raise InputError(f"{path}: expected COCO's instances, got an entry without {error}") from None
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: expected COCO's instances, got: {error}") from None
+                raise InputError(f"{path}: expected COCO's instances, got: {error}") from None
         return self._read[split]
 
 
@@ -173,7 +175,7 @@ def _index(content: dict, categories: dict[int, str]) -> dict[str, _Image]:
     for entry in content["annotations"]:
         for key, known in (("image_id", images), ("category_id", region)):
             if entry[key] not in known:
-                raise ValueError(f"an annotation whose {key} {entry[key]!r} nothing has")
+                raise InputError(f"an annotation whose {key} {entry[key]!r} nothing has")
         images[entry["image_id"]].objects.append(
             (region[entry["category_id"]], bool(entry.get("iscrowd")), entry["area"], entry["segmentation"])
         )
@@ -188,6 +190,6 @@ def _draw(outline: Any, height: int, width: int) -> np.ndarray:
             mask |= fill_polygon(polygon, height, width)
         return mask
     if list(outline["size"]) != [height, width]:
-        raise ValueError(f"run lengths: expected size {[height, width]}, got {outline['size']}")
+        raise InputError(f"run lengths: expected size {[height, width]}, got {outline['size']}")
     counts = outline["counts"]
     return decode_run_lengths(parse_run_lengths(counts) if isinstance(counts, str) else counts, height, width)

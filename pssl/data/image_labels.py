@@ -16,6 +16,8 @@ from xml.parsers import expat
 
 import numpy as np
 
+from pssl.core.errors import InputError
+
 from .label_files import labels_from_file
 
 __all__ = [
@@ -49,7 +51,7 @@ class ListedImage:
 def check_id(image_id: str, where: str) -> None:
     """ValueError unless an image id can be a file name: no path separator, no leading dot."""
     if not image_id or "/" in image_id or "\\" in image_id or image_id.startswith("."):
-        raise ValueError(f"{where}: expected an image id such as 2007_000032, got {image_id!r}")
+        raise InputError(f"{where}: expected an image id such as 2007_000032, got {image_id!r}")
 
 
 def read_list(path: Path) -> list[ListedImage]:
@@ -71,7 +73,7 @@ def read_list(path: Path) -> list[ListedImage]:
             image_id = Path(image).stem
         check_id(image_id, where)
         if image_id in found:
-            raise ValueError(f"{where}: image {image_id!r} is already on line {lines[image_id]}")
+            raise InputError(f"{where}: image {image_id!r} is already on line {lines[image_id]}")
         found[image_id], lines[image_id] = ListedImage(image_id, image, mask), number
     return list(found.values())
 
@@ -80,7 +82,7 @@ def _inside(name: str, where: str) -> str:
     """A path below the data folder, without the leading slash that these lists have."""
     inner = name.lstrip("/")
     if not inner or ".." in Path(inner).parts or "\\" in inner:
-        raise ValueError(f"{where}: expected a file below the data folder, got {name!r}")
+        raise InputError(f"{where}: expected a file below the data folder, got {name!r}")
     return inner
 
 
@@ -90,7 +92,7 @@ def _rows(path: Path) -> Iterable[tuple[int, list[str]]]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got other bytes ({error.reason})") from None
+        raise InputError(f"{path}: expected UTF-8 text, got other bytes ({error.reason})") from None
     return [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
@@ -147,11 +149,11 @@ def _main_labels(root: Path, ids: Sequence[str], classes: Sequence[str]) -> tupl
             for number, fields in _rows(path):
                 if len(fields) != 2 or fields[1] not in ("-1", "0", "1"):
                     got = " ".join(fields)
-                    raise ValueError(
+                    raise InputError(
                         f"{path}, line {number}: expected an image id and -1, 0 or 1, got {got!r}"
                     )
                 if values.setdefault(fields[0], fields[1]) != fields[1]:
-                    raise ValueError(
+                    raise InputError(
                         f"{path}, line {number}: {fields[0]} has {fields[1]} here and {values[fields[0]]} "
                         f"in another list of class {name!r}"
                     )
@@ -179,10 +181,10 @@ def annotation_objects(path: str | Path) -> list[str]:
     path = Path(path)
     root = _parse_xml(path)
     if root.tag != "annotation":
-        raise ValueError(f"{path}: expected an <annotation> document, got <{root.tag}>")
+        raise InputError(f"{path}: expected an <annotation> document, got <{root.tag}>")
     names = [(thing.findtext("name") or "").strip() for thing in root.findall("object")]
     if "" in names:
-        raise ValueError(f"{path}: object {names.index('') + 1} has no <name>")
+        raise InputError(f"{path}: object {names.index('') + 1} has no <name>")
     return names
 
 
@@ -190,12 +192,12 @@ def _parse_xml(path: Path) -> ElementTree.Element:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such annotation file")
     if path.stat().st_size > MAX_XML_BYTES:
-        raise ValueError(
+        raise InputError(
             f"{path}: expected an annotation of at most {MAX_XML_BYTES} bytes, got {path.stat().st_size}"
         )
 
     def refuse(*_: object) -> None:
-        raise ValueError(f"{path}: a DTD or entity declaration is not accepted in an annotation")
+        raise InputError(f"{path}: a DTD or entity declaration is not accepted in an annotation")
 
     # ElementTree's own parser gives no hook on declarations, hence expat by hand.
     builder = ElementTree.TreeBuilder()
@@ -209,7 +211,7 @@ def _parse_xml(path: Path) -> ElementTree.Element:
         parser.Parse(path.read_bytes(), True)
         return builder.close()
     except expat.ExpatError as error:
-        raise ValueError(f"{path}: expected well-formed XML, got: {error}") from None
+        raise InputError(f"{path}: expected well-formed XML, got: {error}") from None
 
 
 def from_annotations(root: str | Path, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -224,7 +226,7 @@ def from_annotations(root: str | Path, ids: Sequence[str], classes: Sequence[str
         path = Path(root) / "Annotations" / f"{image_id}.xml"
         for name in annotation_objects(path):
             if name not in columns:
-                raise ValueError(f"{path}: expected objects of {', '.join(classes)}; got {name!r}")
+                raise InputError(f"{path}: expected objects of {', '.join(classes)}; got {name!r}")
             labels[row, columns[name]] = 1
     return labels
 
@@ -245,7 +247,7 @@ def resolve_image_labels(
     if Path(source).suffix in (".csv", ".npy"):
         return labels_from_file(Path(source), ids, classes)
     if source != "auto":
-        raise ValueError(
+        raise InputError(
             f"label source must be 'auto', 'main', 'annotations' or a .csv or .npy file, got {source!r}"
         )
     root = Path(root)

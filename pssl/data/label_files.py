@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pssl.core.errors import InputError
 from pssl.core.files import write_text
 
 from .inert_pickle import read_array_dict
@@ -32,7 +33,7 @@ def labels_from_file(path: Path, ids: Sequence[str], classes: Sequence[str]) -> 
     """
     path = Path(path)
     if path.suffix not in (".csv", ".npy"):
-        raise ValueError(f"{path}: expected image labels in a .csv or .npy file")
+        raise InputError(f"{path}: expected image labels in a .csv or .npy file")
     changed = path.stat().st_mtime_ns if path.is_file() else 0
     rows = _rows_of(path, tuple(classes), changed)
     labels = np.zeros((len(ids), len(classes)), np.uint8)
@@ -70,14 +71,14 @@ def _from_csv(path: Path, classes: Sequence[str]) -> dict[str | int, np.ndarray]
         text = path.read_text(encoding="utf-8-sig")
         lines = list(csv.reader(io.StringIO(text, newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: expected CSV in UTF-8, got: {error}") from None
+        raise InputError(f"{path}: expected CSV in UTF-8, got: {error}") from None
     header = [name.strip() for name in lines[0]] if lines else []
     column = {name: index for index, name in enumerate(classes)}
     listed = header[1:] == ["classes"]
     unknown = [] if listed else [name for name in header[1:] if name not in column]
     absent = [] if listed else [name for name in classes if name not in header[1:]]
     if not header or header[0] != "image" or unknown or absent or len(set(header)) != len(header):
-        raise ValueError(
+        raise InputError(
             f"{path}, line 1: expected 'image,classes' or 'image' and the classes {', '.join(classes)}; got "
             f"{','.join(header[:9])}" + (f"; unknown: {', '.join(unknown[:5])}" if unknown else "")
         )
@@ -87,18 +88,18 @@ def _from_csv(path: Path, classes: Sequence[str]) -> dict[str | int, np.ndarray]
             continue
         where = f"{path}, line {number}"
         if len(fields) != len(header):
-            raise ValueError(f"{where}: expected {len(header)} fields, got {len(fields)}")
+            raise InputError(f"{where}: expected {len(header)} fields, got {len(fields)}")
         row = np.zeros(len(classes), np.uint8)
         for name, value in zip(header[1:], fields[1:], strict=True):
             present = [part.strip() for part in value.split(";") if part.strip()] if listed else [name]
             wrong = [part for part in present if part not in column]
             if wrong or (not listed and value.strip() not in ("0", "1")):
                 expected = f"names of {', '.join(classes)}" if listed else "0 or 1"
-                raise ValueError(f"{where}: expected {expected}, got {value!r}")
+                raise InputError(f"{where}: expected {expected}, got {value!r}")
             if listed or value.strip() == "1":
                 row[[column[part] for part in present]] = 1
         if fields[0] in rows:
-            raise ValueError(f"{where}: image {fields[0]!r} stands there twice")
+            raise InputError(f"{where}: image {fields[0]!r} stands there twice")
         rows[fields[0]] = row
     return rows
 
@@ -107,7 +108,7 @@ def _from_npy(path: Path, classes: Sequence[str]) -> dict[str | int, np.ndarray]
     rows: dict[str | int, np.ndarray] = {}
     for key, values in read_array_dict(path).items():
         if values.shape != (len(classes),) or not np.isin(values, (0, 1)).all():
-            raise ValueError(
+            raise InputError(
                 f"{path}: expected {len(classes)} values of 0 or 1 for image {key!r}, got {list(values.shape)} "
                 f"with {np.unique(values)[:5].tolist()}"
             )

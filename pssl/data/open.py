@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from pssl.config.data import FolderConfig, Layout
+from pssl.core.errors import InputError
 from pssl.core.ranks import is_first, wait
 
 from .coco import COCOFolder
@@ -70,7 +71,7 @@ def open_folder(
         layout = "coco" if any((root / "annotations").glob("instances_*.json")) else "voc"
     if layout == "coco":
         if labels in ("main", "annotations"):
-            raise ValueError(f"data.labels: COCO's folder has 'auto' or a label file, got {labels!r}")
+            raise InputError(f"data.labels: COCO's folder has 'auto' or a label file, got {labels!r}")
         return COCOFolder(root, label_file=None if labels == "auto" else Path(labels))
     return VOCFolder(root, label_source=labels, masks=masks, classes=classes)
 

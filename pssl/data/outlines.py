@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pssl.core.errors import InputError
+
 __all__ = ["decode_run_lengths", "fill_polygon", "parse_run_lengths"]
 
 
@@ -17,7 +19,7 @@ def fill_polygon(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     numbers = np.asarray(points, np.float64).ravel()
     if len(numbers) % 2:
-        raise ValueError(f"polygon: expected pairs of numbers, got {len(numbers)} numbers")
+        raise InputError(f"polygon: expected pairs of numbers, got {len(numbers)} numbers")
     start = numbers.reshape(-1, 2)
     if len(start) < 3:
         return np.zeros((height, width), bool)
@@ -45,7 +47,7 @@ def parse_run_lengths(text: str) -> list[int]:
     for character in text:
         code = ord(character) - 48
         if not 0 <= code < 64:
-            raise ValueError(f"run lengths: expected characters '0' to 'o', got {character!r}")
+            raise InputError(f"run lengths: expected characters '0' to 'o', got {character!r}")
         value |= (code & 31) << shift
         shift += 5
         if not code & 32:
@@ -54,7 +56,7 @@ def parse_run_lengths(text: str) -> list[int]:
             counts.append(value + counts[-2] if len(counts) > 2 else value)
             value = shift = 0
     if shift:
-        raise ValueError("run lengths: the text ends within a number")
+        raise InputError("run lengths: the text ends within a number")
     return counts
 
 
@@ -65,7 +67,7 @@ def decode_run_lengths(counts: Sequence[int], height: int, width: int) -> np.nda
     """
     runs = np.asarray(counts, np.int64)
     if runs.size == 0 or runs.min() < 0 or runs.sum() != height * width:
-        raise ValueError(
+        raise InputError(
             f"run lengths: expected counts that add up to {height} x {width}, got {int(runs.sum())}"
         )
     return np.repeat(np.arange(runs.size) % 2 == 1, runs).reshape(width, height).T

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pssl.core.errors import InputError
 from pssl.core.files import write_atomically
 
 __all__ = ["colour_labels", "label_image", "voc_palette", "write_label_png"]
@@ -19,7 +20,7 @@ def voc_palette(n: int = 256) -> list[int]:
     bit of red, green and blue. Raises ValueError unless 1 ≤ n ≤ 256.
     """
     if not 1 <= n <= 256:
-        raise ValueError(f"voc_palette: n must be in 1..256, got {n}")
+        raise InputError(f"voc_palette: n must be in 1..256, got {n}")
     # Bits 0, 3, 6 of the index are red's, 1, 4, 7 green's, 2, 5 blue's; low bits of the index come out
     # highest.
     return [
@@ -44,7 +45,7 @@ def label_image(labels: np.ndarray) -> Image.Image:
     """
     labels = np.asarray(labels)
     if labels.dtype != np.uint8 or labels.ndim != 2 or labels.size == 0:
-        raise ValueError(
+        raise InputError(
             f"labels must be uint8 [H,W] with at least one pixel, got {labels.dtype} {list(labels.shape)}"
         )
     image = Image.fromarray(np.ascontiguousarray(labels))  # mode "L"; a palette turns it into "P"

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pssl.core.errors import InputError
+
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
@@ -49,7 +51,7 @@ def normalise(
     """(images − mean) / std per channel, for [3,H,W] or [B,3,H,W]; uint8 is first brought to 0..1."""
     images = to_float(images)
     if images.dim() not in (3, 4) or images.shape[-3] != len(mean) or len(mean) != len(std):
-        raise ValueError(
+        raise InputError(
             f"normalise: images must be [{len(mean)},H,W] or [B,{len(mean)},H,W] for {len(mean)} means and "
             f"{len(std)} deviations, got {list(images.shape)}"
         )
@@ -89,9 +91,9 @@ def random_resized_crop(
         return random_resized_crop([images], size, generator, scale=scale, fill=fill)[0]
     if len(images) == 0 or any(image.dim() != 3 for image in images):
         shapes = [list(image.shape) for image in images]
-        raise ValueError(f"random_resized_crop: expected images [3,H,W], got shapes {shapes}")
+        raise InputError(f"random_resized_crop: expected images [3,H,W], got shapes {shapes}")
     if not 0 < scale[0] <= scale[1] or size < 1:
-        raise ValueError(f"random_resized_crop: need 0 < low ≤ high and size ≥ 1, got {scale} and {size}")
+        raise InputError(f"random_resized_crop: need 0 < low ≤ high and size ≥ 1, got {scale} and {size}")
     draws = torch.rand(len(images), 3, generator=generator).tolist()
     crops = [
         _crop(to_float(image), size, scale[0] + (scale[1] - scale[0]) * draw[0], draw[1:], fill)
@@ -116,7 +118,7 @@ def random_labelled_crop(
     their padding is `ignore`. Raises ValueError for labels of another size than the image's.
     """
     if tuple(labels.shape) != tuple(image.shape[1:]):
-        raise ValueError(
+        raise InputError(
             f"random_labelled_crop: expected labels of the image's size {list(image.shape[1:])}, "
             f"got {list(labels.shape)}"
         )
@@ -166,7 +168,7 @@ def random_colours(
     not negative, the last at most 0.5.
     """
     if len(strength) != 4 or min(strength) < 0 or strength[3] > 0.5:
-        raise ValueError(
+        raise InputError(
             f"random_colours: expected four strengths, the last in 0..0.5, got {tuple(strength)}"
         )
     draws = (torch.rand(4, generator=generator) * 2 - 1).tolist()
@@ -212,7 +214,7 @@ def multi_scale(
     resized = []
     for scale in scales:
         if not scale > 0:
-            raise ValueError(f"multi_scale: scales must be positive, got {scale}")
+            raise InputError(f"multi_scale: scales must be positive, got {scale}")
         shape = [max(1, round(side * scale / multiple_of)) * multiple_of for side in images.shape[-2:]]
         unchanged = shape == list(images.shape[-2:])
         resized.append(

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pssl.core.errors import InputError
+
 from .image_labels import (
     LabelSource,
     ListedImage,
@@ -111,7 +113,7 @@ class VOCFolder:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or len(names) > MAX_CLASSES:
             got = f"{', '.join(twice)} more than once" if twice else len(names)
-            raise ValueError(f"{where}: expected at most {MAX_CLASSES} different class names, got {got}")
+            raise InputError(f"{where}: expected at most {MAX_CLASSES} different class names, got {got}")
         return tuple(names)
 
     def ids(self, split: str) -> list[str]:
@@ -124,7 +126,7 @@ class VOCFolder:
         if split.endswith(".txt"):
             path = Path(split)
         elif split not in self.splits:
-            raise ValueError(
+            raise InputError(
                 f"{self.root}: no split {split!r}; ImageSets/Segmentation has {', '.join(self.splits)}; "
                 "a list elsewhere is named by its path, which ends in .txt"
             )
@@ -183,7 +185,7 @@ def read_label_png(path: Path, highest: int) -> np.ndarray:
     counts = np.bincount(labels.ravel(), minlength=256)
     wrong = [int(label) for label in np.flatnonzero(counts[:IGNORE]) if label > highest]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"{path}: expected labels 0..{highest} and {IGNORE}, got {wrong[:5]} "
             f"({int(counts[wrong].sum())} pixels)"
         )
@@ -212,8 +214,8 @@ def _load(path: Path, picture: Image.Image, mode: str) -> np.ndarray:
         raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(
         f"{path}: expected a whole image file, got {path.stat().st_size} bytes that cannot be decoded ({error})"
     )
 
@@ -221,5 +223,5 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 def _read_indices(path: Path) -> np.ndarray:
     with _open(path) as picture:
         if picture.mode not in ("P", "L"):
-            raise ValueError(f"{path}: expected a palette or 8-bit grey PNG, got mode {picture.mode}")
+            raise InputError(f"{path}: expected a palette or 8-bit grey PNG, got mode {picture.mode}")
         return _load(path, picture, picture.mode)

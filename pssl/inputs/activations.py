@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pssl.core.cache import cache_dir
+from pssl.core.errors import InputError
 from pssl.core.files import folder_in_the_making
 from pssl.core.log import Log
 from pssl.core.ranks import is_first, wait
@@ -103,7 +104,7 @@ def _compute(
             for flip in (0, 1):
                 out = backbone(inputs.flip(3) if flip else inputs).half().cpu().numpy()
                 if not np.isfinite(out).all():
-                    raise ValueError(f"feature cache: backbone activations at scale {scale} exceed float16")
+                    raise InputError(f"feature cache: backbone activations at scale {scale} exceed float16")
                 if scale not in arrays:
                     arrays[scale] = np.lib.format.open_memmap(
                         folder / f"scale_{scale}.npy", "w+", np.float16, (2, total, *out.shape[1:])

@@ -8,6 +8,7 @@ import torch
 
 from pssl.config.data import DataConfig
 from pssl.config.model import ModelConfig
+from pssl.core.errors import InputError
 from pssl.core.log import Log
 from pssl.data.open import DataFolder
 from pssl.inputs.activations import frozen_activations
@@ -32,14 +33,14 @@ def build_inputs(
     normalise, more = net.backbone.normalise, {"colours": data.colour_jitter, "memory_format": memory_format}
     if data.loading == "files":
         if net.frozen:
-            raise ValueError(
+            raise InputError(
                 "data.loading: expected 'memory' with model.frozen, whose activations are cached for squares, "
                 "got 'files'"
             )
         return FileInputs(
-            folder, ids, labels, normalise, data.size, data.zoom, device, workers=data.workers, **more
+            folder, ids, labels, normalise, data.splits.size, data.zoom, device, workers=data.workers, **more
         )
-    images = load_square_images(folder, ids, data.size)
+    images = load_square_images(folder, ids, data.splits.size)
     if not net.frozen:
         return ImageInputs(ids, images, labels, normalise, data.zoom, device, **more)
     activations = frozen_activations(images, net.backbone, model.backbone, weights_path(model), scales, log)

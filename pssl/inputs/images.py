@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pssl.core.errors import InputError
 from pssl.data.open import DataFolder
 from pssl.data.transforms import random_colours, random_flip, random_resized_crop, to_float
 from pssl.data.voc import read_label_png
@@ -233,7 +234,7 @@ class FileInputs:
             images = [to_float(image) for image in threads.map(self._read, indices)]
         shapes = sorted({tuple(image.shape[1:]) for image in images})
         if len(shapes) != 1:
-            raise ValueError(f"FileInputs.plain: expected images of one size (height, width), got {shapes}")
+            raise InputError(f"FileInputs.plain: expected images of one size (height, width), got {shapes}")
         return torch.stack(images).to(self.device, memory_format=self.memory_format)
 
 

@@ -1,4 +1,4 @@
-"""The training objective: which passes a step makes, and which losses it takes from them.
+"""The training objective of an arm: which passes a step makes, and which losses it takes from them.
 
 Every scale is passed once. SupportNet's scale 1 serves its CAMs and the prototypes; MainNet's scale 1 serves
 classification, RCM and MAM. A frozen backbone's activations serve both networks.
@@ -6,105 +6,81 @@ classification, RCM and MAM. A frozen backbone's activations serve both networks
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pssl.config.train import MethodConfig
 from pssl.core.ranks import share_of_mean
 from pssl.method.support import SupportNet
-from pssl.method.terms.mam import mam_loss
-from pssl.method.terms.ppc import ppc_loss
+from pssl.method.terms import TERMS, MethodConfig, Nets, Setting, Step, Term
 from pssl.method.terms.rcm import RCM
-from pssl.method.terms.seam import seam_loss
-from pssl.models.cam_net import CamNet, CamOutput
-
-TERMS = ("classification", "rcm", "mam", "seam", "ppc")
-
-
-def classification_loss(logits: Tensor, image_labels: Tensor) -> Tensor:  # [B,K], [B,K]
-    """Multi-label soft-margin loss, a scalar of at least float32 (paper; PSA, SEAM and IRN alike)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.multilabel_soft_margin_loss(logits, image_labels.to(logits.dtype))
+from pssl.models.cam_net import CamNet
 
 
 class Objective(nn.Module):
-    """Classification, and the terms that are switched on.
+    """Classification and further terms.
 
     Args:
-        config: weights and settings of the terms.
+        config: settings of SupportNet and the terms.
+        terms: names of the terms beside classification, as in :data:`pssl.method.arms.ARMS`.
         classes: K.
         dim: D.
         size: side of the square training images, which is the label grid's.
-        rcm: include RCM.
-        mam: include MAM.
-        seam: include SEAM; MainNet needs its pixel correlation module.
-        ppc: include PPC, which builds on SEAM.
     """
 
     def __init__(
-        self,
-        config: MethodConfig,
-        classes: int,
-        dim: int,
-        size: int,
-        *,
-        rcm: bool = False,
-        mam: bool = False,
-        seam: bool = False,
-        ppc: bool = False,
+        self, config: MethodConfig, terms: Sequence[str], *, classes: int, dim: int, size: int
     ) -> None:
         super().__init__()
         self.config = config
-        self.rcm = RCM(classes, dim, size, config.rcm) if rcm else None
-        self.mam = mam
-        if ppc and not seam:
-            raise ValueError("Objective: ppc needs seam, whose refined CAMs it reads")
-        self.seam, self.ppc = seam, ppc
-        side = max(round(size * config.seam.scale), 1)
-        self.second_size = (side, side)
+        setting = Setting(classes, dim, size, config)
+        names = tuple(dict.fromkeys(("classification", *terms)))
+        self.terms = nn.ModuleDict({name: TERMS[name](getattr(config, name), setting) for name in names})
+        for name, term in self.terms.items():
+            lacking = [other for other in term.needs if other not in names]
+            if lacking:
+                raise ValueError(f"Objective: {name} needs {', '.join(lacking)}")
 
     @property
-    def needs_support(self) -> bool:
-        """Whether a SupportNet takes part."""
-        return self.rcm is not None or self.mam
+    def rcm(self) -> RCM | None:
+        """The module of RCM, whose prototypes are read out; None without it."""
+        return self.terms["rcm"].module if "rcm" in self.terms else None
 
     @property
-    def mam_reads_out(self) -> bool:
-        """Whether MAM's target is the prototype readout by now."""
-        return self.config.mam.target == "readout" and self.rcm is not None and self.rcm.anchored
+    def views(self) -> tuple[float, ...]:
+        """Scales that count as views of the image, 1 first."""
+        return tuple(dict.fromkeys([1.0, *(scale for term in self.terms.values() for scale in term.views)]))
 
-    @property
-    def main_scales(self) -> tuple[float, ...]:
-        """Scales that MainNet sees; 1 is always one of them."""
-        return self._main_scales(TERMS)
+    def main_scales(self, names: Collection[str] | None = None) -> tuple[float, ...]:
+        """Return the scales that MainNet sees for these terms (None: all); 1 is always one of them."""
+        return tuple(sorted({1.0, *_scales(term.main_scales for term in self._chosen(names))}))
 
-    def _main_scales(self, names: Container[str]) -> tuple[float, ...]:
-        second = (self.config.seam.scale,) if self.seam else ()
-        mam = self.config.mam.scales if self.mam and "mam" in names else ()
-        return tuple(sorted({1.0, *second, *mam}))
-
-    @property
-    def support_scales(self) -> tuple[float, ...]:
-        """Scales that SupportNet sees."""
-        return self._support_scales(TERMS)
-
-    def _support_scales(self, names: Container[str]) -> tuple[float, ...]:
-        rcm, mam = self.rcm is not None and "rcm" in names, self.mam and "mam" in names
-        scales = self.config.support.scales if rcm or mam else ()
-        return tuple(sorted({*scales, *((1.0,) if rcm else ())}))
+    def support_scales(self, names: Collection[str] | None = None) -> tuple[float, ...]:
+        """Return the scales that SupportNet sees for these terms (None: all); none where it takes no part."""
+        return tuple(sorted({*_scales(term.support_scales for term in self._chosen(names))}))
 
     @property
     def scales(self) -> tuple[float, ...]:
         """All scales that a step's inputs must hold."""
-        return tuple(sorted({*self.main_scales, *self.support_scales}))
+        return tuple(sorted({*self.main_scales(), *self.support_scales()}))
 
-    def active(self, epoch: int) -> set[str]:
-        """Names of the terms that take part in an epoch."""
-        first = {"rcm": self.config.rcm.from_epoch, "mam": self.config.mam.from_epoch}
-        return {name for name in TERMS if epoch >= first.get(name, 0)}
+    def _chosen(self, names: Collection[str] | None) -> list[Term]:
+        return [term for name, term in self.terms.items() if names is None or name in names]
+
+    def active(self, epoch: int | None) -> list[str]:
+        """Return the names of the terms that take part in an epoch; None: all of them."""
+        return [name for name, term in self.terms.items() if epoch is None or epoch >= term.from_epoch]
+
+    def equip(self, net: CamNet, seed: int) -> None:
+        """Give MainNet what the terms need of it; called before SupportNet is made."""
+        for term in self.terms.values():
+            term.equip(net, seed)
+
+    def before_epoch(self, epoch: int, nets: Nets) -> None:
+        """Let every term do what it does between two epochs."""
+        for term in self.terms.values():
+            term.before_epoch(epoch, nets)
 
     def forward(
         self,
@@ -113,12 +89,11 @@ class Objective(nn.Module):
         inputs: dict[float, Tensor],  # scale -> images or activations, [B,*,*,*]
         image_labels: Tensor,  # [B,K]
         epoch: int | None = None,  # of the arm; None: all terms take part
-        pixels: Tensor
-        | None = None,  # [B,3,H,W] in 0..1, what the inputs show; for `method.rcm.refine_dilations`
+        pixels: Tensor | None = None,  # [B,3,H,W] in 0..1, what the inputs show
     ) -> dict[str, Tensor]:
-        """The losses by name; "total" is their weighted sum. Their averages over ranks are those of the whole batch."""
-        names = set(TERMS) if epoch is None else self.active(epoch)
-        main_scales, support_scales = self._main_scales(names), self._support_scales(names)
+        """Return the losses by name; "total" is their weighted sum. Their averages over ranks are the whole batch's."""
+        names = self.active(epoch)
+        main_scales, support_scales = self.main_scales(names), self.support_scales(names)
         see, aim = main, support
         if main.frozen and support is not None:
             # what lies before the heads has no gradient and is the same for both: taken once
@@ -126,63 +101,15 @@ class Objective(nn.Module):
             see, aim = main.head, support.head
         seen = {scale: see(inputs[scale]) for scale in main_scales}
         target = {scale: aim(inputs[scale]) for scale in support_scales}
-        with torch.autocast(
-            image_labels.device.type, enabled=False
-        ):  # the networks' passes alone may be less precise
-            losses = self.terms(seen, target, image_labels, names, pixels)
-        for name in losses.keys() - {"rcm"}:  # means over images; RCM's is one over pixels, and weighs itself
-            losses[name] = share_of_mean(losses[name], len(image_labels))
-        losses["total"] = sum(self.weights[name] * loss for name, loss in losses.items())
+        step = Step(seen, target, image_labels, pixels, self.views, self.terms)
+        with torch.autocast(image_labels.device.type, enabled=False):  # the passes alone may be less precise
+            losses = {name: self.terms[name](step) for name in names}
+        for name in names:
+            if self.terms[name].mean_of_images:
+                losses[name] = share_of_mean(losses[name], len(image_labels))
+        losses["total"] = sum(self.terms[name].weight(step) * loss for name, loss in losses.items())
         return losses
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each loss in the total, as things stand: MAM's changes with its target."""
-        config = self.config
-        return {
-            "classification": config.classification_weight,
-            "rcm": config.rcm.weight,
-            "mam": config.mam.readout_weight if self.mam_reads_out else config.mam.weight,
-            "seam": config.seam.weight,
-            "ppc": config.ppc.weight,
-        }
 
-    def terms(
-        self,
-        seen: dict[float, CamOutput],  # MainNet's outputs by scale
-        target: dict[float, CamOutput],  # SupportNet's
-        image_labels: Tensor,  # [B,K]
-        names: Container[str] = TERMS,
-        pixels: Tensor | None = None,  # as for `forward`
-    ) -> dict[str, Tensor]:
-        """The losses that are switched on and among `names`, without their weights."""
-        centre, losses = seen[1.0], {}
-        aims = {scale: target[scale] for scale in self.config.support.scales if scale in target}
-        readout = None
-        anchored = self.rcm is not None and self.rcm.anchored
-        if (anchored and "rcm" in names) or (self.mam_reads_out and "mam" in names):
-            readout = self.rcm.readout(list(aims.values()), image_labels, pixels)
-        if "classification" in names:
-            # SEAM classifies both of its views.
-            views = [centre, seen[self.config.seam.scale]] if self.seam else [centre]
-            each = [classification_loss(CamNet.logits(view.cam), image_labels) for view in views]
-            losses["classification"] = sum(each) / len(each)
-        if "rcm" in names and self.rcm is not None:
-            losses["rcm"] = self.rcm(
-                centre.features, target[1.0].features, list(aims.values()), image_labels, readout
-            )
-        if "mam" in names and self.mam:
-            losses["mam"] = mam_loss(
-                {scale: seen[scale].cam for scale in self.config.mam.scales},
-                {scale: aim.cam for scale, aim in aims.items()},
-                image_labels,
-                tuple(centre.cam.shape[2:]),
-                self.config.mam,
-                readout if self.mam_reads_out else None,
-            )
-        if "seam" in names and self.seam:
-            second = seen[self.config.seam.scale]
-            losses["seam"] = seam_loss(centre, second, image_labels, self.second_size, self.config.seam)
-        if "ppc" in names and self.ppc:
-            losses["ppc"] = ppc_loss(centre, seen[self.config.seam.scale], image_labels, self.config.ppc)
-        return losses
+def _scales(groups: Iterable[tuple[float, ...]]) -> list[float]:
+    return [scale for group in groups for scale in group]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pssl.core.errors import InputError
 from pssl.core.files import write_atomically
 
 # NumPy reads an array's header by ast.literal_eval. In Python 3.11 (seen in 3.11.7, not in 3.10, 3.12 or 3.13) two
@@ -40,21 +41,14 @@ def read_cams(folder: Path, image_id: str) -> tuple[Tensor, Tensor]:
     with _one_parser, np.load(path, allow_pickle=False) as arrays:
         missing = {"cams", "class_ids"} - set(arrays.files)
         if missing:
-            raise ValueError(f"{path}: expected arrays 'cams' and 'class_ids', missing {sorted(missing)}")
+            raise InputError(f"{path}: expected arrays 'cams' and 'class_ids', missing {sorted(missing)}")
         cams, class_ids = torch.from_numpy(arrays["cams"]), torch.from_numpy(arrays["class_ids"])
     if cams.ndim != 3 or not cams.is_floating_point() or tuple(class_ids.shape) != (cams.shape[0],):
-        raise ValueError(
+        raise InputError(
             f"{path}: expected floating cams [k,H,W] and class_ids [k], got {cams.dtype} {list(cams.shape)} and "
             f"{list(class_ids.shape)}"
         )
     return cams, class_ids
-
-
-def even_selection(count: int, limit: int | None) -> list[int]:
-    """All of `count` positions, or `limit` of them, evenly spaced."""
-    if limit is None or limit >= count:
-        return list(range(count))
-    return [i * count // limit for i in range(limit)]
 
 
 def ids_of(folder: Path) -> Sequence[str]:

@@ -16,18 +16,21 @@ from pssl.core import ranks
 from pssl.core.files import write_text
 from pssl.core.log import Log
 from pssl.core.threads import over_images
-from pssl.data.open import DataFolder, has_mask
-from pssl.models.cam_files import even_selection
+from pssl.data.open import DataFolder
+from pssl.data.split import even_selection
 from pssl.scoring.scoring import LabelScorer
 
 STEPS = (0.05, 0.025)  # the second since the best threshold may be as low as 0.15
 
 
-def climb(
+def hill_climb(
     score: Callable[[float], float], start: float, steps: Sequence[float] = STEPS
 ) -> dict[float, float]:
-    """`score` at `start` and at thresholds a step apart from it, downwards as long as it rises, else upwards; then from
-    the best of them with the next step."""
+    """Return `score` at `start` and at the thresholds of a hill climb from it.
+
+    Thresholds a step apart are tried downwards as long as the score rises, else upwards; then from the best of them
+    with the next step.
+    """
     best, scores = start, {start: score(start)}
     for step in steps:
         begin = best
@@ -46,26 +49,26 @@ def climb(
 def choose_threshold(
     label: Callable[[str, float], Tensor],
     folder: DataFolder,
-    ids: Sequence[str],
+    scored: Sequence[str],
     images: int,
     start: float,
     path: Path,
     workers: int | None,
     log: Log,
 ) -> tuple[float, int]:
-    """The threshold at which the labels of `images` of `ids`, evenly spaced, have the highest mIoU, and how many images
-    had a mask to be scored by; `start` where none has.
+    """Return the threshold whose labels have the highest mIoU on some images, and how many images that were.
 
     Args:
         label: from an image's id and a threshold to its labels uint8 [H,W].
+        scored: images that have a mask; without any, the result is `start` and 0.
+        images: how many of them to label, evenly spaced.
         start: where to begin, the best threshold of the CAMs.
         path: the JSON file that keeps what was found, for a run that carries on.
     """
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         return kept["threshold"], kept["images"]
-    scored = [image_id for image_id in ids if has_mask(folder, image_id)]
-    scored = [scored[i] for i in even_selection(len(scored), images)]
+    scored = even_selection(scored, images)
     own = ranks.share(scored)
 
     def score(threshold: float) -> float:
@@ -80,7 +83,7 @@ def choose_threshold(
 
     if not scored:
         return start, 0
-    scores = climb(score, start)
+    scores = hill_climb(score, start)
     best = max(sorted(scores), key=scores.__getitem__)
     log.say(
         f"threshold {best:.3f}: the labels of {len(scored)} training images have an mIoU of {scores[best]:.1f}, "

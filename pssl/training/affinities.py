@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pssl.config.refine import AffinityConfig, RefineSettings
 from pssl.core import checkpoint
+from pssl.core.errors import InputError
 from pssl.core.log import Log
-from pssl.core.ranks import share, wait
+from pssl.core.ranks import is_first, share, wait
 from pssl.core.seeding import derive_seed
 from pssl.core.threads import over_images
 from pssl.data.open import DataFolder
@@ -29,7 +30,8 @@ from pssl.method.pseudo_labels import (
 )
 from pssl.models.cam_files import read_cams
 from pssl.models.cam_net import CamNet
-from pssl.training.loop import Draw, Training, run_stage
+from pssl.training.base import Draw, Training
+from pssl.training.loop import run_training
 
 
 def confident_labels(
@@ -163,7 +165,7 @@ def train_affinities(
             kinds = (f"{name} {values[name]:.3f}" for name in ("foreground", "background", "different"))
             bar.reach(int(values["step"]) + 1, "  ".join(kinds))
 
-        run_stage(training, resume=True, on_step=on_step)
+        run_training(training, resume=True, on_step=on_step)
         bar.reach(training.steps)
 
 
@@ -186,7 +188,38 @@ def load_head(path: Path, net: CamNet, config: AffinityConfig, cam_digest: str) 
     tensors, description = checkpoint.load_weights(path)
     expected = {"dim": config.dim, "scale": config.scale, "cam_checkpoint_digest": cam_digest}
     if description != expected:
-        raise ValueError(f"{path}: expected affinities of {expected}, got {description}")
+        raise InputError(f"{path}: expected affinities of {expected}, got {description}")
     head = new_head(net, config, 0)
     head.load_state_dict(tensors)
     return head
+
+
+def open_affinities(
+    cam_net: CamNet,
+    inputs: Inputs,
+    settings: RefineSettings,
+    folder: DataFolder,
+    cams: Path,
+    threshold: float,
+    cam_digest: str,
+    seed: int,
+    out: Path,
+    workers: int | None,
+    log: Log,
+) -> Affinities:
+    """Return the CAM network with affinities: those of `settings.affinity.checkpoint`, or trained on `inputs`' images.
+
+    Training leaves OUT/confident, OUT/affinity.state.pt and OUT/affinity.safetensors behind, and carries on from them.
+    """
+    config = settings.affinity
+    if config.checkpoint is not None:
+        head = load_head(config.checkpoint, cam_net, config, cam_digest)
+        return Affinities(cam_net, head.eval(), inputs, config.scale)
+    affinities = Affinities(cam_net, new_head(cam_net, config, seed), inputs, config.scale)
+    confident = out / "confident"
+    write_confident_labels(confident, folder, list(inputs.ids), cams, threshold, settings, workers, log)
+    train_affinities(affinities, confident, config, seed, out / "affinity.state.pt", log)
+    if is_first():
+        save_head(out / "affinity.safetensors", affinities.head, config.scale, cam_digest)
+    affinities.head.eval()
+    return affinities

@@ -1,151 +1,127 @@
-"""The data of a run, and what every arm has done to it: scored, its prototypes found, saved."""
+"""The arms of a run: trained from one stage 1, scored, kept."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
-import torch
-
-from pssl.config.train import TERMS_OF_ARM, TrainConfig
-from pssl.core import ranks
 from pssl.core.device import memory_format
-from pssl.core.log import Log
-from pssl.data.open import DataFolder, open_data
-from pssl.data.split import usable_images
-from pssl.inputs.build import build_inputs
-from pssl.inputs.images import Inputs
-from pssl.method.inference import READOUTS, final_prototypes, read_images
-from pssl.method.terms.rcm import RCM
+from pssl.core.ranks import is_first
+from pssl.inputs.images import ActivationInputs
+from pssl.method.inference import READOUTS
+from pssl.method.support import SupportNet
 from pssl.models.build import new_net
-from pssl.models.cam_files import even_selection
 from pssl.models.cam_net import CamNet
-from pssl.models.checkpoints import save_net
-from pssl.models.prototypes import Prototypes
-from pssl.scoring.scoring import Score, Scorer
+from pssl.training.cam import CamTraining
+from pssl.training.experiment import Experiment, find_prototypes, save, score, score_role
+from pssl.training.loop import run_training
+
+STEP_VALUES = ("epoch", "step", "lr", "total")
 
 
-@dataclass
-class Experiment:
-    """The data of a run, opened once for all seeds and arms."""
-
-    config: TrainConfig
-    folder: DataFolder
-    inputs: dict[str, Inputs]
-    """By role: "train", "val"."""
-    scored: dict[str, frozenset[str]]
-    """By role, the images that have a mask to be scored by."""
-    device: torch.device
-    log: Log
-
-    @property
-    def regions(self) -> tuple[str, ...]:
-        """Names of the regions: background, then the classes."""
-        return ("background", *self.folder.classes)
-
-    def scored_indices(self, role: str) -> list[int]:
-        """The images of a role that are scored: all, or an even selection of the training images."""
-        limit = self.config.evaluation.train_images if role == "train" else None
-        having = [i for i, image_id in enumerate(self.inputs[role].ids) if image_id in self.scored[role]]
-        return [having[i] for i in even_selection(len(having), limit)]
-
-
-def open_experiment(config: TrainConfig, device: torch.device, log: Log) -> Experiment:
-    """Open the data and make its inputs, activations of a frozen backbone included."""
-    folder = open_data(config.data)
-    layout = memory_format(config.engine.channels_last)
-    net = new_net(config.model, len(folder.classes), config.seed_list[0], log.say, layout).to(device)
-    scales = {1.0, *config.inference.scales, *config.method.support.scales, *config.method.mam.scales}
-    if any("seam" in TERMS_OF_ARM[arm] for arm in config.arms):
-        scales.add(config.method.seam.scale)
-    inputs, scored = {}, {}
-    for role, split in (("train", config.data.train_split), ("val", config.data.val_split)):
-        images = usable_images(folder, split, config.data.check, log)
-        ids, scored[role] = images.ids, images.scored
-        if not scored[role]:
-            raise ValueError(
-                f"{folder.root}, split {split}: expected masks to score by (and pick thresholds on), found none; "
-                "is data.masks right?"
-            )
-        inputs[role] = build_inputs(folder, ids, net, config.data, config.model, scales, log, layout)
-        log.say(f"{role}: {len(ids)} images of {folder.name}, split {split}, {len(folder.classes)} classes")
-    return Experiment(config, folder, inputs, scored, device, log)
-
-
-def find_prototypes(experiment: Experiment, net: CamNet, rcm: RCM | None) -> Prototypes:
-    """RCM's prototypes of the training split, by the module that the network was trained with, if any."""
+def new_training(experiment: Experiment, arm: str, net: CamNet, seed: int, out: Path) -> CamTraining:
+    """Return the training of `net`: stage 1 for the arm "classifier", else the arm on top of it."""
     config = experiment.config
-    return final_prototypes(
-        net,
-        experiment.inputs["train"],
-        config.data.size,
-        config.method.rcm,
-        config.inference,
-        config.method.support.scales,
-        trained_with=rcm,
-    )
-
-
-def score_role(
-    experiment: Experiment, name: str, net: CamNet, prototypes: Prototypes, role: str
-) -> dict[str, Score]:
-    """Both readouts on one split, at all thresholds."""
-    config, folder, inputs = experiment.config, experiment.folder, experiment.inputs[role]
-    indices = experiment.scored_indices(role)
-    scorers = {r: Scorer(len(experiment.regions), config.evaluation.steps) for r in READOUTS}
-    masks = {}
-
-    def size_of(image_id: str) -> tuple[int, int]:
-        masks[image_id] = folder.mask(image_id)
-        return masks[image_id].shape
-
-    with experiment.log.progress(f"score {name} on {role}", len(indices)) as bar:
-        own = ranks.share(indices)
-        for maps in read_images(net, inputs, own, size_of, config.inference, prototypes):
-            mask, parts = masks.pop(maps.id), folder.parts(maps.id)
-            for readout, scorer in scorers.items():
-                scorer.add(maps.maps[readout], maps.class_ids, mask, parts)
-            bar.advance()
-    return {readout: scorer.result() for readout, scorer in scorers.items()}
-
-
-def score(experiment: Experiment, name: str, net: CamNet, prototypes: Prototypes) -> dict[str, dict]:
-    """Both readouts on both splits, at the threshold that is best on the train split."""
-    results = {role: score_role(experiment, name, net, prototypes, role) for role in ("train", "val")}
-    summaries = {}
-    for readout in READOUTS:
-        threshold = results["train"][readout].best_threshold
-        split = experiment.config.data.train_split
-        summaries[readout] = {
-            role: results[role][readout].summary(experiment.regions, threshold, split) for role in results
-        }
-    return summaries
-
-
-def save(
-    experiment: Experiment,
-    file: str,
-    net: CamNet,
-    prototypes: Prototypes,
-    seed: int,
-    out: Path,
-    thresholds: dict[str, float],
-    **more,
-) -> None:
-    """Write the checkpoint FILE.safetensors; only the first rank does."""
-    if not ranks.is_first():
-        return
-    config = experiment.config
-    save_net(
-        out / "checkpoints" / f"{file}.safetensors",
-        net,
-        prototypes,
-        config.model,
-        experiment.folder.classes,
-        config.data.size,
-        loading=config.data.loading,
-        train_split=config.data.train_split,
+    schedule, first = config.schedule, arm == "classifier"
+    objective = experiment.objective(arm)
+    objective.equip(net, seed)
+    support = None
+    if objective.support_scales():
+        support = SupportNet(net, config.method.support.mode, config.method.support.momentum)
+    return CamTraining(
+        name=arm,
+        draws="stage1" if first else "arm",
+        net=net,
+        support=support,
+        objective=objective,
+        inputs=experiment.inputs["train"],
+        epochs=schedule.classifier_epochs if first else schedule.arm_epochs,
+        lr=schedule.lr * (1.0 if first else schedule.arm_lr_factor),
+        schedule=schedule,
         seed=seed,
-        thresholds=thresholds,
-        **more,
+        state_path=out / "checkpoints" / f"{arm}.state.pt",
+        engine=config.engine,
+        prototypes=lambda: find_prototypes(experiment, net, objective.rcm),
     )
+
+
+def train_arm(experiment: Experiment, arm: str, net: CamNet, seed: int, out: Path) -> CamTraining:
+    """Train `net` in place as `arm` asks, with a bar and losses.csv; return the training."""
+    config, log = experiment.config, experiment.log
+    training = new_training(experiment, arm, net, seed, out)
+    with log.progress(f"train {arm}", training.steps) as bar:
+
+        def on_step(values: dict[str, float]) -> None:
+            log.plot(f"{seed}/{arm}", values)
+            shown = (f"{name} {value:.3f}" for name, value in values.items() if name not in STEP_VALUES)
+            bar.reach(int(values["step"]) + 1, "  ".join(shown))
+
+        def on_epoch(epoch: int) -> None:
+            every = config.evaluation.every
+            if every and (epoch + 1) % every == 0:
+                keep_if_best(experiment, training, epoch, seed, out)
+
+        run_training(training, resume=config.resume, on_step=on_step, on_epoch=on_epoch)
+        bar.reach(training.steps)  # steps that were resumed count too
+    log.take_losses(f"{seed}/{arm}", training.history)
+    if is_first():
+        log.write_losses(config.out / "losses.csv")
+    return training
+
+
+def keep_if_best(experiment: Experiment, training: CamTraining, epoch: int, seed: int, out: Path) -> None:
+    """Score the CAMs of a training's network on the training images; keep it if none of its epochs scored higher."""
+    arm = training.name
+    prototypes = find_prototypes(experiment, training.net, training.objective.rcm)
+    scored = score_role(experiment, arm, training.net, prototypes, "train")["cam"]
+    miou = max(scored.curve)
+    if miou > training.best.get("miou", -1.0):
+        training.best = {"epoch": epoch, "miou": miou, "threshold": scored.best_threshold}
+        best = {"cam": scored.best_threshold}
+        save(experiment, f"{arm}.best", training.net, prototypes, seed, out, best, arm=arm, epoch=epoch)
+
+
+def run_seed(experiment: Experiment, seed: int, out: Path) -> tuple[dict, dict[str, CamNet]]:
+    """Train and score all arms for one seed, and write their checkpoints; return the results and the networks."""
+    config = experiment.config
+    layout = memory_format(config.engine.channels_last)
+    stage1 = new_net(config.model, len(experiment.folder.classes), seed, memory_format=layout)
+    stage1 = stage1.to(experiment.device)
+    train_inputs = experiment.inputs["train"]
+    if isinstance(train_inputs, ActivationInputs):
+        stage1.set_channel_statistics(*train_inputs.channel_statistics())
+    first = train_arm(experiment, "classifier", stage1, seed, out)
+    arms, nets = {}, {}
+    for arm in config.arms:
+        net, training = stage1, first
+        if arm != "classifier":
+            net = stage1.twin()
+            training = train_arm(experiment, arm, net, seed, out)
+        nets[arm] = net
+        arms[arm] = _conclude(experiment, arm, training, first.steps, seed, out)
+    return {"seed": seed, "stage_1_steps": first.steps, "arms": arms}, nets
+
+
+def _conclude(
+    experiment: Experiment, arm: str, training: CamTraining, first_steps: int, seed: int, out: Path
+) -> dict:
+    """Score a trained arm and write its checkpoint; return its entry in the results."""
+    net, begin = training.net, time.perf_counter()
+    prototypes = find_prototypes(experiment, net, training.objective.rcm)
+    readouts = score(experiment, arm, net, prototypes)
+    for readout, scores in readouts.items():
+        figures = ", ".join(f"{role} {scores[role]['miou']:.1f}" for role in scores)
+        threshold = scores["val"]["threshold"]
+        experiment.log.say(f"{arm}, {readout}: mIoU {figures} at threshold {threshold:.2f}")
+    entry = {
+        "readouts": readouts,
+        "steps_after_stage_1": 0 if arm == "classifier" else training.steps,
+        "seconds_training": round(training.seconds, 2),
+        "seconds_scoring": round(time.perf_counter() - begin, 2),
+    }
+    if training.best:
+        entry["best_epoch"] = training.best
+    thresholds = {readout: readouts[readout]["val"]["threshold"] for readout in READOUTS}
+    steps = first_steps + entry["steps_after_stage_1"]
+    save(experiment, arm, net, prototypes, seed, out, thresholds, arm=arm, steps=steps)
+    return entry

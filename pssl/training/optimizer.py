@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pssl.config.optimizer import EngineConfig, OptimizerConfig, ScheduleConfig
+from pssl.core.errors import InputError
 
 CAM_LAYERS = ("classifier.", "pixel_correlation.")
 """Prefixes of the parameters that `head_layers: cam` means."""
@@ -55,7 +56,7 @@ def pass_precision(engine: EngineConfig, device: torch.device) -> torch.dtype:
     if engine.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if engine.precision == "fp16" and device.type != "cuda":
-        raise ValueError(
+        raise InputError(
             f"engine.precision: fp16 needs CUDA, got device {device}; bf16 and fp32 run there too"
         )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]

@@ -1,10 +1,10 @@
-"""Training a segmentation network on label PNGs, and labelling images with one."""
+"""The training of a segmentation network on label PNGs, and the labelling of images with one."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,27 @@ from torch import Tensor
 from pssl.config.optimizer import OptimizerConfig
 from pssl.config.reading import PredictConfig
 from pssl.config.refine import CRFConfig
+from pssl.config.segment import SegmentSettings
+from pssl.core.errors import InputError
 from pssl.core.log import Log
+from pssl.core.ranks import is_first
 from pssl.core.seeding import generator
-from pssl.core.threads import one_thread_pool, worker_count
+from pssl.core.threads import one_thread_pool, read_ahead, worker_count
 from pssl.data.open import DataFolder
 from pssl.data.palette import write_label_png
+from pssl.data.split import Split
 from pssl.data.transforms import random_labelled_crop
 from pssl.data.voc import read_label_png
 from pssl.inputs.activations import frozen_activations
 from pssl.inputs.images import grid_labels, load_square_images
 from pssl.method.pseudo_labels import best_regions, crf_step
+from pssl.models.build import new_segmenter, weights_path
+from pssl.models.checkpoints import save_segmenter
 from pssl.models.deeplab import DeepLab, segmentation_loss
-from pssl.training.loop import Draw, Training
+from pssl.training.base import Draw, Training
+from pssl.training.loop import run_training
 
-READ_AHEAD = 2  # steps
+STEPS_AHEAD = 2  # that images are read ahead
 
 
 @dataclass
@@ -65,26 +72,22 @@ class SegmentTraining(Training):
         labels = torch.from_numpy(read_label_png(path, len(self.folder.classes)))
         if labels.shape != image.shape[1:]:
             expected, got = list(image.shape[1:]), list(labels.shape)
-            raise ValueError(f"{path}: expected labels of the image's size {expected}, got {got}")
+            raise InputError(f"{path}: expected labels of the image's size {expected}, got {got}")
         return random_labelled_crop(image, labels, self.size, generator, scale=self.zoom)
 
     def feed(self, draws: Iterator[Draw]) -> Iterator[tuple[Tensor, Tensor]]:
         device = next(self.net.parameters()).device
 
-        def batch(futures: list) -> tuple[Tensor, Tensor]:
-            images, labels = (torch.stack(part) for part in zip(*(f.result() for f in futures), strict=True))
-            images = images.to(device, memory_format=torch.channels_last)
-            return self.net.backbone.normalise(images), labels.to(device)
-
+        draws, counted = tee(draws)
+        images = (pair for draw in draws for pair in zip(draw.indices, draw.generators, strict=True))
         with one_thread_pool(worker_count(self.workers)) as pool:
-            waiting: deque = deque()
-            for draw in draws:
-                pairs = zip(draw.indices, draw.generators, strict=True)
-                waiting.append([pool.submit(self.load, index, own) for index, own in pairs])
-                if len(waiting) > READ_AHEAD:
-                    yield batch(waiting.popleft())
-            while waiting:
-                yield batch(waiting.popleft())
+            loaded = read_ahead(
+                pool, lambda pair: self.load(*pair), images, STEPS_AHEAD * self.schedule.batch_size
+            )
+            for draw in counted:
+                pixels, labels = zip(*islice(loaded, len(draw.indices)), strict=True)
+                batch = torch.stack(pixels).to(device, memory_format=torch.channels_last)
+                yield self.net.backbone.normalise(batch), torch.stack(labels).to(device)
 
     def losses(self, fed: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, labels = fed
@@ -143,3 +146,92 @@ def write_prediction(
         scores = crf_step(image, scores, crf)
     labels = best_regions(scores, list(range(len(scores))))
     write_label_png(out / f"{image_id}.png", labels.numpy())
+
+
+def new_training(
+    settings: SegmentSettings,
+    folder: DataFolder,
+    ids: Sequence[str],
+    labels: Path,
+    side: int,
+    *,
+    seed: int,
+    out: Path,
+    workers: int | None,
+    device: torch.device,
+    log: Log,
+) -> SegmentTraining:
+    """Return the training of a new network on label PNGs in squares of side `side`."""
+    net, told = new_segmenter(settings.model, len(folder.classes), seed)
+    log.say(told)
+    kind, more = SegmentTraining, {}
+    if settings.model.frozen:
+        kind = FrozenSegmentTraining
+        more = {
+            "weights": settings.model.init or weights_path(settings.model),
+            "backbone": settings.model.backbone,
+            "scales": settings.frozen_scales,
+            "log": log,
+        }
+    return kind(
+        net.to(device),
+        folder,
+        ids,
+        labels,
+        side,
+        settings.zoom,
+        settings.schedule,
+        settings.schedule.epochs,
+        seed,
+        out / "checkpoints/segment.state.pt",
+        workers,
+        **more,
+    )
+
+
+def train_segmenter(
+    settings: SegmentSettings,
+    folder: DataFolder,
+    split: Split,
+    labels: Path,
+    side: int,
+    *,
+    seed: int,
+    out: Path,
+    workers: int | None,
+    resume: bool,
+    device: torch.device,
+    log: Log,
+) -> tuple[DeepLab, dict]:
+    """Train a network, or finish training it; return it in eval mode, with how it went.
+
+    OUT/checkpoints holds it afterwards. Raises FileNotFoundError where an image of the split has no label PNG.
+    """
+    missing = [image_id for image_id in split.ids if not (labels / f"{image_id}.png").is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{labels}: expected a label PNG for each of {len(split.ids)} images of {split.name}, "
+            f"{len(missing)} are missing: {', '.join(missing[:3])}"
+        )
+    training = new_training(
+        settings, folder, split.ids, labels, side, seed=seed, out=out, workers=workers, device=device, log=log
+    )
+    trained: list[float] = []
+    with log.progress("train segment", training.steps) as bar:
+
+        def on_step(values: dict[str, float]) -> None:
+            log.plot("segment", values)
+            trained.append(values["step"])
+            bar.reach(int(values["step"]) + 1, f"loss {values['total']:.3f}")
+
+        run_training(training, resume=resume, on_step=on_step)
+        bar.reach(training.steps)
+    if trained:  # else all was resumed
+        log.take_losses("segment", training.history)
+    outcome = {**split.counts(), "steps": training.steps, "seconds": round(training.seconds, 1)}
+    if is_first():
+        path = out / "checkpoints/segment.safetensors"
+        save_segmenter(path, training.net, settings.model, folder.classes, size=side, steps=training.steps)
+        if log.losses:
+            log.write_losses(out / "losses.csv")
+    return training.net.eval(), outcome

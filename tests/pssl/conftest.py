@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pssl import cams, train
 from pssl.cli import parse
-from pssl.config.data import DataConfig
+from pssl.config.data import FolderConfig, SplitDataConfig, SplitsConfig
 from pssl.config.train import TrainConfig
 from pssl.core.log import Log
 from pssl.data.synthetic import SyntheticConfig, ensure_synthetic
@@ -39,11 +39,11 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_run(root: Path, out: Path) -> TrainConfig:
     """A run of four steps a stage."""
     config = TrainConfig(out=out, pictures=1)
-    config.data.root, config.data.size = root, 48
+    config.data.folder.root, config.data.splits.size = root, 48
     config.model.width, config.model.dim = 16, 8
     config.schedule.classifier_epochs, config.schedule.arm_epochs, config.schedule.batch_size = 1, 1, 4
     config.inference.scales, config.inference.batch_size = (1.0, 1.5), 4
-    config.evaluation.steps = 10
+    config.evaluation.sweep.steps = 10
     return config
 
 
@@ -73,9 +73,9 @@ class TinyCams:
     val: Path
 
     @property
-    def data(self) -> DataConfig:
+    def data(self) -> SplitDataConfig:
         """The data set's configuration."""
-        return DataConfig(root=self.root, size=48)
+        return SplitDataConfig(FolderConfig(root=self.root), SplitsConfig(size=48))
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,7 @@ def tiny_cams(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny
         cams.run(
             cams.CamsConfig(
                 checkpoint=found.checkpoint,
-                data=found.data,
+                data=found.data.folder,
                 split=split,
                 inference=config.inference,
                 out=out / split,

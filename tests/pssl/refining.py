@@ -1,17 +1,18 @@
 """A quick run of pssl.refine, and what it leaves, for the tests of pseudo labels."""
 
 from pssl import refine
+from pssl.config.refine import RefineSettings
 
 
 def tiny_refine(tiny_cams, out, method="none", **more) -> refine.RefineConfig:
     """The command with few iterations and a short training of affinities."""
-    config = refine.RefineConfig(
-        method=method, cams=tiny_cams.train, data=tiny_cams.data, out=out, workers=2, **more
-    )
-    config.crf.iterations, config.par.iterations, config.par.dilations = 2, 2, (1, 2)
-    config.affinity.epochs, config.affinity.dim, config.affinity.log2_steps = 1, 4, 3
-    config.affinity.scale, config.affinity.radius = 1.0, 3
-    return config
+    own = {name: more.pop(name) for name in list(more) if name in RefineSettings.__dataclass_fields__}
+    settings = RefineSettings(method=method, **own)
+    settings.crf.iterations, settings.par.iterations, settings.par.dilations = 2, 2, (1, 2)
+    settings.affinity.epochs, settings.affinity.dim, settings.affinity.log2_steps = 1, 4, 3
+    settings.affinity.scale, settings.affinity.radius = 1.0, 3
+    where = {"cams": tiny_cams.train, "data": tiny_cams.data.folder, "out": out, "workers": 2}
+    return refine.RefineConfig(settings, **(where | more))
 
 
 def labels_of(folder, ids) -> dict[str, bytes]:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pssl.config.train import MethodConfig
 from pssl.method.objective import Objective
 from pssl.method.terms.ppc import PPCConfig, confidences, hard_contrast, ppc_loss, view_of
+from pssl.method.terms.registry import MethodConfig
 from pssl.method.terms.seam import SEAMConfig, seam_loss
 from pssl.models.backbones import SmallBackbone
 from pssl.models.cam_net import CamNet, CamOutput
@@ -189,8 +189,9 @@ def test_objective_trains_the_module_from_images_and_from_cached_activations(fro
     net = CamNet(SmallBackbone(16), 3, 8, standardise=frozen, frozen=frozen)
     net.add_pixel_correlation()
     assert net.pixel_correlation.colours != frozen
-    objective = Objective(MethodConfig(), 3, 8, 24, seam=True, ppc=ppc)
-    assert objective.scales == (0.3, 1.0) and objective.second_size == (7, 7) and not objective.needs_support
+    names = ("seam", "ppc") if ppc else ("seam",)
+    objective = Objective(MethodConfig(), names, classes=3, dim=8, size=24)
+    assert objective.scales == (0.3, 1.0) and not objective.support_scales()
     channels = 16 if frozen else 3
     inputs = {scale: random(2, channels, side, side, seed=1) for scale, side in ((1.0, 24), (0.3, 8))}
     losses = objective(net.train(), None, inputs, LABELS)
@@ -200,7 +201,7 @@ def test_objective_trains_the_module_from_images_and_from_cached_activations(fro
     output = net.eval()(inputs[1.0])
     assert torch.equal(output.maps, output.refined[:, 1:])
     with pytest.raises(ValueError, match="ppc needs seam"):
-        Objective(MethodConfig(), 3, 8, 24, ppc=True)
+        Objective(MethodConfig(), ("ppc",), classes=3, dim=8, size=24)
 
 
 def test_arms_run_and_their_checkpoints_read_alike(tiny_config):
@@ -213,7 +214,7 @@ def test_arms_run_and_their_checkpoints_read_alike(tiny_config):
     from pssl.models.checkpoints import load_net
 
     tiny_config.arms = ("classifier", "ppc", "pssl")
-    tiny_config.data.train_split, tiny_config.pictures = "val", 0
+    tiny_config.data.splits.train_split, tiny_config.pictures = "val", 0
     tiny_config.method.support.scales = tiny_config.method.mam.scales = tiny_config.inference.scales = (1.0,)
     log = Log(Console(file=io.StringIO(), width=150))
     try:

@@ -7,16 +7,16 @@ import pytest
 import yaml
 
 from pssl.cams import CamsConfig
-from pssl.cli import RECIPES, field_texts, parse
-from pssl.config.data import DataConfig, FolderConfig
-from pssl.config.mapping import from_dict, to_dict, to_yaml
+from pssl.cli import RECIPES, parse
+from pssl.config.data import FolderConfig, SplitDataConfig, SplitsConfig
+from pssl.config.mapping import changed, from_dict, overlay, to_dict, to_yaml
 from pssl.config.train import TrainConfig
 from pssl.evaluate import EvaluateConfig
 from pssl.segment import SegmentConfig
 
 
 def parse_error(capsys: pytest.CaptureFixture, *argv: str) -> str:
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises((SystemExit, ValueError)) as error:
         parse(TrainConfig, list(argv))
     return f"{error.value} {capsys.readouterr()}"
 
@@ -34,7 +34,7 @@ def test_recipe_then_file_then_flags(tmp_path):
     path.write_text("method: {rcm: {foreground: 0.5}}\nschedule: {batch_size: 8}\n")
     flags = ["--model.backbone", "efficientnet_lite0", "--schedule.batch-size", "4"]
     config = parse(TrainConfig, [f"--config={path}", *flags])
-    assert config.recipe == "photographs" and config.model.frozen and config.data.size == 320
+    assert config.recipe == "photographs" and config.model.frozen and config.data.splits.size == 320
     assert config.method.rcm.foreground == 0.5 and config.schedule.batch_size == 4
     assert parse(TrainConfig, []).recipe == "synthetic"
 
@@ -124,14 +124,19 @@ def help_of(kind, capsys, monkeypatch, *argv):
     return capsys.readouterr().out
 
 
-def test_help_runs_on_over_the_lines_of_the_source(capsys, monkeypatch):
+def words_of_help(kind, capsys, monkeypatch) -> str:
+    """The help's text without frames and line breaks."""
+    return " ".join(help_of(kind, capsys, monkeypatch).replace("│", " ").split())
+
+
+def test_help_holds_the_texts_of_the_source(capsys, monkeypatch):
     text = help_of(TrainConfig, capsys, monkeypatch)
     assert max(map(len, text.splitlines())) <= 100
-    lines = [line.strip("│ ") for line in text.splitlines()]  # a frame only where the terminal has one
-    begin = lines.index("--data.check {headers,decode,nothing}")
-    whole = " ".join(field_texts(DataConfig)["check"].split())
-    assert " ".join(lines[begin + 1 : begin + 4]) == f"{whole} (default: headers)"
-    assert len(lines[begin + 1]) > 80, "a line is filled"
+    words = words_of_help(TrainConfig, capsys, monkeypatch)
+    assert (
+        "--data.check {headers,decode,nothing} What every stage looks at before it starts: whether" in words
+    )
+    assert "Images that are not are named and left out. (default: headers)" in words
 
 
 def test_help_shows_the_values_of_the_recipe_and_nothing_without_effect(capsys, monkeypatch):
@@ -144,17 +149,27 @@ def test_help_shows_the_values_of_the_recipe_and_nothing_without_effect(capsys, 
         assert not {"--data.zoom", "--data.size", "--evaluation.every"} & set(shown.split())
 
 
-def test_help_names_the_recipes_that_there_are():
+def test_help_names_the_recipes_that_there_are(capsys, monkeypatch):
     for kind, folder in ((TrainConfig, RECIPES), (SegmentConfig, RECIPES / "segment")):
-        text = field_texts(kind)["recipe"]
-        assert set(text.partition(": ")[2].partition(" (")[0].split(", ")) == {
-            p.stem for p in folder.glob("*.yaml")
-        }
+        words = words_of_help(kind, capsys, monkeypatch).partition("Defaults to start from: ")[2]
+        assert set(words.partition(" (")[0].split(", ")) == {p.stem for p in folder.glob("*.yaml")}
 
 
-def test_stages_take_of_a_training_what_they_need():
-    data = DataConfig(root=Path("somewhere"), size=7, workers=9)
-    assert to_dict(CamsConfig(data=data))["data"] == to_dict(FolderConfig(root=Path("somewhere")))
+def test_a_part_has_no_name_of_its_own():
+    """Its settings stand among those of what it is a part of, in files and flags; what is read is what was written."""
+    config = SegmentConfig(data=SplitDataConfig(FolderConfig(root=Path("somewhere")), SplitsConfig(size=7)))
+    values = to_dict(config)
+    assert (
+        values["data"]["root"] == "somewhere"
+        and values["data"]["size"] == 7
+        and values["zoom"] == [0.75, 1.5]
+    )
+    assert from_dict(SegmentConfig, values, "here") == config
+    assert changed(config) == {"data": {"root": "somewhere", "size": 7}}
+    assert parse(SegmentConfig, ["--data.root", "somewhere", "--data.size", "7"]).data == config.data
+    for name in ("data.folder", "settings"):
+        with pytest.raises(ValueError, match=f"unknown key '{name}'"):
+            overlay(SegmentConfig(), ("here", {"data": {"folder": {}}} if "." in name else {"settings": {}}))
 
 
 def test_every_field_says_what_it_is(capsys):

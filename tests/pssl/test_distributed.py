@@ -1,5 +1,7 @@
 """Real gloo processes against one: prototypes are global, gradients those of the whole batch, counts summed."""
 
+import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -11,18 +13,19 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from pssl.config.optimizer import ScheduleConfig
-from pssl.config.train import MethodConfig
+from pssl.config.optimizer import EngineConfig, ScheduleConfig
 from pssl.core import ranks
 from pssl.inputs.activations import cached_activations
 from pssl.inputs.images import ActivationInputs, ImageInputs
 from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
 from pssl.method.terms.rcm import RCM, RCMConfig
+from pssl.method.terms.registry import MethodConfig
 from pssl.models.backbones import SmallBackbone
 from pssl.models.cam_net import CamNet, CamOutput, build_cam_net
 from pssl.scoring.scoring import Scorer
-from pssl.training.loop import Stage, epoch_batches, run_stage
+from pssl.training.cam import CamTraining
+from pssl.training.loop import epoch_batches, run_training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -52,13 +55,13 @@ def work(folder: Path) -> dict:
     activations = cached_activations(folder / "cache", images, backbone, scales, description={})
     inputs = ActivationInputs([f"i{n}" for n in range(8)], images, activations, labels, "cpu")
     net = CamNet(backbone, 3, 8, standardise=True, frozen=True)
-    objective = Objective(MethodConfig(), 3, 8, 16, mam=True)
+    objective = Objective(MethodConfig(), ("mam",), classes=3, dim=8, size=16)
     schedule = ScheduleConfig(batch_size=4)
-    stage = Stage(
+    stage = CamTraining(
         "mam", "arm", net, SupportNet(net, "ema", 0.9), objective, inputs, 2, 1e-2, schedule, 0,
         folder / "state.pt",
     )  # fmt: skip
-    run_stage(stage)
+    run_training(stage)
 
     own = list(ranks.share(range(8)))
     rcm = RCM(3, 8, 16, RCMConfig())
@@ -89,9 +92,9 @@ def work(folder: Path) -> dict:
     }
 
 
-def process(rank: int, ranks: int, folder: Path, port: int, job) -> None:
+def process(rank: int, count: int, folder: Path, port: int, job) -> None:
     os.environ |= {
-        "WORLD_SIZE": str(ranks), "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count), "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
     ranks.start(torch.device("cpu"))
@@ -101,11 +104,11 @@ def process(rank: int, ranks: int, folder: Path, port: int, job) -> None:
         ranks.stop()
 
 
-def in_processes(ranks: int, folder: Path, job) -> list[dict]:
+def in_processes(count: int, folder: Path, job) -> list[dict]:
     """What `job(folder)` returns in each of so many processes."""
     folder.mkdir()
-    multiprocessing.spawn(process, (ranks, folder, free_port(), job), nprocs=ranks)
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
+    multiprocessing.spawn(process, (count, folder, free_port(), job), nprocs=count)
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(count)]
 
 
 RATES = {"rcm+mam": 2.0, "seam": 0.2}
@@ -132,16 +135,16 @@ def train_unevenly(folder: Path) -> dict:
             [f"i{n}" for n in range(8)], images, labels, net.backbone.normalise, (1, 1.2), "cpu"
         )
         schedule = ScheduleConfig(batch_size=5, drop_last=False, optimizer="sgd")
-        stage = Stage(
+        stage = CamTraining(
             arm, "arm", net, SupportNet(net, "ema", 0.9) if arm == "rcm+mam" else None,
-            Objective(MethodConfig(), 3, 8, 16, **{term: True for term in arm.split("+")}), inputs, 2,
+            Objective(MethodConfig(), arm.split("+"), classes=3, dim=8, size=16), inputs, 2,
             RATES[arm], schedule, 0,
         )  # fmt: skip
         first = epoch_batches(stage, 0)[0]
         stage.inputs.labels = labels.clone()
         stage.inputs.labels[first[0]] = 0  # the first rank's only image, with three ranks
         before = net.embed.weight.detach().clone()
-        run_stage(stage)
+        run_training(stage)
         result[arm] = {
             "net": {k: v.tolist() for k, v in net.trained_state().items()},
             "history": stage.history,
@@ -169,17 +172,17 @@ def gather_unevenly() -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_with_uneven_shares_train_as_one(tmp_path, ranks):
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_with_uneven_shares_train_as_one(tmp_path, count):
     expected = train_unevenly(tmp_path)
-    found = in_processes(ranks, tmp_path / "ranks", train_unevenly)
-    things = list(range(ranks))
+    found = in_processes(count, tmp_path / "ranks", train_unevenly)
+    things = list(range(count))
     for rank, one in enumerate(found):
         gathered = one.pop("gathered")
         assert gathered["rows"] == [[r, r] for r in things for _ in range(r)]
         assert gathered["flags"] == [r == 1 for r in things for _ in range(r)] and gathered["nothing"] == 0
         assert gathered["mean"] == pytest.approx(sum(r * r for r in things) / sum(things))
-        assert gathered["gradient"] == pytest.approx(rank * ranks / sum(things))
+        assert gathered["gradient"] == pytest.approx(rank * count / sum(things))
     del expected["gathered"]
     for arm, wanted in expected.items():
         assert all(other[arm] == found[0][arm] for other in found)
@@ -201,19 +204,73 @@ def test_ranks_with_uneven_shares_train_as_one(tmp_path, ranks):
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path):
     expected = work(tmp_path)
-    ranks = in_processes(2, tmp_path / "ranks", work)
-    assert ranks[0] == ranks[1]
+    found = in_processes(2, tmp_path / "ranks", work)
+    assert found[0] == found[1]
     for part in ("net", "support"):
-        for name, value in ranks[0][part].items():
+        for name, value in found[0][part].items():
             torch.testing.assert_close(
                 torch.tensor(value), torch.tensor(expected[part][name]), rtol=1e-4, atol=1e-5, msg=name
             )
     torch.testing.assert_close(
-        torch.tensor(ranks[0]["memory"]), torch.tensor(expected["memory"]), rtol=1e-3, atol=1e-4
+        torch.tensor(found[0]["memory"]), torch.tensor(expected["memory"]), rtol=1e-3, atol=1e-4
     )
-    assert ranks[0]["pushed"] == expected["pushed"]
-    assert ranks[0]["rcm"] == pytest.approx(expected["rcm"], rel=1e-4)
-    assert ranks[0]["curve"] == expected["curve"] and ranks[0]["images"] == 8
+    assert found[0]["pushed"] == expected["pushed"]
+    assert found[0]["rcm"] == pytest.approx(expected["rcm"], rel=1e-4)
+    assert found[0]["curve"] == expected["curve"] and found[0]["images"] == 8
+
+
+def train_with_a_break(folder: Path) -> dict:
+    """An arm in two parts a step, whole, and stopped after two of its steps and resumed.
+
+    The batches are large enough for three ranks, the network for several buckets of gradients.
+    """
+    images = torch.randint(
+        0, 256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    labels = (torch.rand(12, 3, generator=torch.Generator().manual_seed(1)) < 0.5).float()
+
+    def new_training(name: str) -> CamTraining:
+        torch.manual_seed(0)
+        net = build_cam_net("small", 3, dim=2048, width=128, fixed="norms", logit_scale=20.0)
+        inputs = ImageInputs(
+            [f"i{n}" for n in range(12)], images, labels, net.backbone.normalise, (1, 1), "cpu"
+        )
+        objective = Objective(MethodConfig(), ("mam",), classes=3, dim=2048, size=16)
+        training = CamTraining(
+            "mam", "arm", net, SupportNet(net, "ema", 0.9), objective, inputs, 2, 1e-2,
+            ScheduleConfig(batch_size=6), 0, folder / f"{name}.pt",
+            EngineConfig(accumulate=2, save_every=1, clip_norm=1.0),
+        )  # fmt: skip
+        return training
+
+    def state(training: CamTraining) -> str:
+        digest = hashlib.sha256()
+        for value in training.net.trained_state().values():
+            digest.update(value.numpy().tobytes())
+        return digest.hexdigest()
+
+    whole = new_training("whole")
+    run_training(whole)
+
+    def stop(values: dict) -> None:
+        if values["step"] == 2:
+            raise InterruptedError
+
+    with contextlib.suppress(InterruptedError):
+        run_training(new_training("broken"), on_step=stop)
+    ranks.wait()
+    resumed = new_training("broken")
+    run_training(resumed, resume=True)
+    return {"whole": state(whole), "resumed": state(resumed), "same": whole.history == resumed.history}
+
+
+@pytest.mark.slow
+def test_ranks_resume_to_the_bit(tmp_path):
+    found = in_processes(3, tmp_path / "ranks", train_with_a_break)
+    assert {value for result in found for value in (result["whole"], result["resumed"])} == {
+        found[0]["whole"]
+    }
+    assert all(result["same"] for result in found)
 
 
 @pytest.mark.slow

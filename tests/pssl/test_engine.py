@@ -7,19 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from pssl.config.optimizer import EngineConfig, ScheduleConfig
-from pssl.config.train import MethodConfig
 from pssl.core import checkpoint, files
 from pssl.core.seeding import generator
 from pssl.inputs.images import ImageInputs
 from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
+from pssl.method.terms.registry import MethodConfig
 from pssl.models.cam_net import CamNet, build_cam_net
 from pssl.models.prototypes import Prototypes
-from pssl.training.loop import Stage, build_optimizer, epoch_batches, lr_share, run_stage
-from pssl.training.optimizer import head_layers
+from pssl.training.cam import CamTraining
+from pssl.training.loop import epoch_batches, run_training
+from pssl.training.optimizer import build_optimizer, head_layers, lr_share
 
 
-def make_stage(state_path=None, epochs=3) -> Stage:
+def make_stage(state_path=None, epochs=3) -> CamTraining:
     torch.manual_seed(0)
     net = build_cam_net("small", 3, dim=8, width=16)
     source = torch.Generator().manual_seed(0)
@@ -27,8 +28,10 @@ def make_stage(state_path=None, epochs=3) -> Stage:
     labels = (torch.rand(9, 3, generator=source) < 0.5).float()
     inputs = ImageInputs([f"i{n}" for n in range(9)], images, labels, net.backbone.normalise, (1, 1.3), "cpu")
     schedule = ScheduleConfig(batch_size=4)
-    objective = Objective(MethodConfig(), 3, 8, 16, rcm=True, mam=True)
-    return Stage("arm", "arm", net, SupportNet(net), objective, inputs, epochs, 1e-3, schedule, 5, state_path)
+    objective = Objective(MethodConfig(), ("rcm", "mam"), classes=3, dim=8, size=16)
+    return CamTraining(
+        "arm", "arm", net, SupportNet(net), objective, inputs, epochs, 1e-3, schedule, 5, state_path
+    )
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
@@ -69,12 +72,11 @@ def test_training_state_cannot_run_code(tmp_path):
         checkpoint.load_state(tmp_path / "bad.pt")
 
 
-def anchor_anew(stage):
-    """A refresh that depends on the network as it is, as that of pssl.train does."""
-    rows = torch.cat([stage.net.classifier.weight.new_ones(1, 8), stage.net.classifier.weight[:, :, 0, 0]])
+def prototypes_of(net):
+    """Prototypes that depend on the network as it is, as those of pssl.train do."""
+    rows = torch.cat([net.classifier.weight.new_ones(1, 8), net.classifier.weight[:, :, 0, 0]])
     valid = torch.ones(len(rows), dtype=torch.bool)
-    stage.objective.rcm.anchor(Prototypes(F.normalize(rows.detach(), dim=1), valid, 0.5))
-    stage.support.restart(stage.net)
+    return Prototypes(F.normalize(rows.detach(), dim=1), valid, 0.5)
 
 
 class Stopped(Exception):
@@ -90,15 +92,15 @@ def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop, refresh_epochs
         made.net.dropout.p, made.schedule.warmup = 0.5, 0.5
         made.objective.config.mam.from_epoch = mam_from
         made.engine = EngineConfig(save_every=1, accumulate=2, clip_norm=0.5)
-        if refresh_epochs:
-            made.refresh, made.refresh_epochs = anchor_anew, refresh_epochs
+        made.objective.config.rcm.refresh_epochs = refresh_epochs
+        made.prototypes = lambda: prototypes_of(made.net)
         return made
 
     def remember(stage):
         return lambda epoch: stage.best.update(epoch=epoch)
 
     whole = stage()
-    run_stage(whole, on_epoch=remember(whole))
+    run_training(whole, on_epoch=remember(whole))
     assert whole.objective.rcm.anchored == (refresh_epochs > 0)
     assert [step["epoch"] >= mam_from for step in whole.history] == ["mam" in step for step in whole.history]
     path = tmp_path / "state.pt"
@@ -110,12 +112,12 @@ def test_resumed_at_any_step_equals_uninterrupted(tmp_path, stop, refresh_epochs
     torch.manual_seed(99)  # the global generator has no say
     with pytest.raises(Stopped):
         interrupted = stage(path)
-        run_stage(interrupted, on_step=interrupt, on_epoch=remember(interrupted))
+        run_training(interrupted, on_step=interrupt, on_epoch=remember(interrupted))
     resumed, steps = stage(path), []
     if stop:  # make sure that nothing is left from before
         with torch.no_grad():
             resumed.net.embed.weight.fill_(7.0)
-    run_stage(
+    run_training(
         resumed, resume=True, on_step=lambda values: steps.append(values["step"]), on_epoch=remember(resumed)
     )
     assert steps == list(range(stop, 4)) and resumed.history == whole.history
@@ -132,10 +134,10 @@ def test_parts_of_a_batch_add_up():
     """Gradients over parts are those of the batch (classification with fixed norms: nothing couples the images)."""
     stages = [make_stage(epochs=1) for _ in range(2)]
     for stage, count in zip(stages, (1, 3), strict=True):
-        stage.objective, stage.support = Objective(MethodConfig(), 3, 8, 16), None
+        stage.objective, stage.support = Objective(MethodConfig(), (), classes=3, dim=8, size=16), None
         stage.net = build_like(stage.net)
         stage.engine = EngineConfig(accumulate=count)
-        run_stage(stage)
+        run_training(stage)
     for one, three in zip(*(stage.net.parameters() for stage in stages), strict=True):
         torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
     assert [h["total"] for h in stages[0].history] == pytest.approx(
@@ -156,7 +158,7 @@ def test_clipping_bounds_the_gradient():
     stage.schedule.head_lr_factor, stage.schedule.weight_decay, stage.lr = 1.0, 0.0, 1.0
     stage.engine = EngineConfig(clip_norm=1e-3)
     before = [p.detach().clone() for p in stage.net.parameters()]
-    run_stage(stage)
+    run_training(stage)
     moved = (
         sum(
             float((p - b).detach().square().sum())
@@ -171,26 +173,25 @@ def test_clipping_bounds_the_gradient():
 def test_precision_and_compilation_change_little(engine):
     plain, other = make_stage(epochs=1), make_stage(epochs=1)
     other.engine = engine
-    run_stage(plain)
-    run_stage(other)
+    run_training(plain)
+    run_training(other)
     for first, second in zip(plain.history, other.history, strict=True):
         assert second["total"] == pytest.approx(first["total"], rel=0.1)
         assert (first == second) == (engine.precision == "auto")
 
 
 def test_losses_are_not_computed_in_less_precision():
-    class Watched(Objective):
-        def terms(self, seen, target, labels, *more):
-            watched.append((torch.is_autocast_enabled("cpu"), seen[1.0].cam.dtype))
-            losses = super().terms(seen, target, labels, *more)
-            watched.append({loss.dtype for loss in losses.values()})
-            return losses
-
     watched, stage = [], make_stage(epochs=1)
-    stage.objective = Watched(MethodConfig(), 3, 8, 16, rcm=True, mam=True)
+    stage.objective = Objective(MethodConfig(), ("rcm", "mam"), classes=3, dim=8, size=16)
+
+    def watch(term, arguments, loss):
+        watched.append((torch.is_autocast_enabled("cpu"), arguments[0].main[1.0].cam.dtype, loss.dtype))
+
+    for term in stage.objective.terms.values():
+        term.register_forward_hook(watch)
     stage.engine = EngineConfig(precision="bf16")
-    run_stage(stage)
-    assert watched[:2] == [(False, torch.bfloat16), {torch.float32}]
+    run_training(stage)
+    assert watched[:3] == [(False, torch.bfloat16, torch.float32)] * 3
     assert stage.objective.rcm.memory.rows.dtype == torch.float32
 
 
@@ -198,23 +199,23 @@ def test_engine_options_that_cannot_be():
     stage = make_stage(epochs=1)
     stage.engine = EngineConfig(precision="fp16")
     with pytest.raises(ValueError, match=r"engine\.precision: fp16 needs CUDA, got device cpu"):
-        run_stage(stage)
+        run_training(stage)
     stage.engine = EngineConfig(accumulate=5)
     with pytest.raises(
         ValueError, match="at least one image for each of 1 ranks and 5 parts, got a batch of 4"
     ):
-        run_stage(stage)
+        run_training(stage)
     stage.engine = EngineConfig(compile="eager")
     stage.net.frozen = True
     with pytest.raises(ValueError, match=r"engine\.compile: expected a backbone that is trained"):
-        run_stage(stage)
+        run_training(stage)
 
 
 def test_same_seed_same_numbers():
     first, second = make_stage(), make_stage()
     losses = ([], [])
     for stage, taken in zip((first, second), losses, strict=True):
-        run_stage(stage, on_step=taken.append)
+        run_training(stage, on_step=taken.append)
     assert losses[0] == losses[1]
     assert all(
         torch.equal(a, b) for a, b in zip(first.net.parameters(), second.net.parameters(), strict=True)
@@ -225,8 +226,8 @@ def test_not_finite_is_an_error():
     stage = make_stage()
     with torch.no_grad():
         stage.net.classifier.weight.fill_(math.inf)
-    with pytest.raises(FloatingPointError, match="stage arm, step 0: losses must be finite"):
-        run_stage(stage)
+    with pytest.raises(FloatingPointError, match="training arm, step 0: losses must be finite"):
+        run_training(stage)
 
 
 def test_batches_cover_the_split_once():

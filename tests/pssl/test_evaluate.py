@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refining import tiny_refine
 
 from pssl import evaluate, refine
 from pssl.data import VOCFolder, write_label_png
@@ -50,7 +51,7 @@ def test_label_images_score_exactly(tiny_cams, tmp_path, quiet, random_labels, u
     folder = VOCFolder(tiny_cams.root)
     truths = [folder.mask(image_id) for image_id in folder.ids("val")]
     counts, values = literal_scores(random_labels, truths, len(folder.classes) + 1, unsure)
-    result = scored(quiet, labels=tmp_path, data=tiny_cams.data, split="val", unsure=unsure)
+    result = scored(quiet, labels=tmp_path, data=tiny_cams.data.folder, split="val", unsure=unsure)
     assert result["confusion"] == counts.tolist()
     assert [np.nan if v is None else v for v in result["iou"].values()] == pytest.approx(
         values, abs=1e-4, nan_ok=True
@@ -79,7 +80,7 @@ def test_cams_score_exactly_at_a_fixed_background(tiny_cams, tmp_path, quiet, se
         truths.append(folder.mask(image_id))
     _, values = literal_scores(labels, truths, len(folder.classes) + 1, "missed")
     out = tmp_path / "scores.json"
-    result = scored(quiet, cams=tiny_cams.train, data=tiny_cams.data, out=out, **settings)
+    result = scored(quiet, cams=tiny_cams.train, data=tiny_cams.data.folder, out=out, **settings)
     assert [np.nan if v is None else v for v in result["iou"].values()] == pytest.approx(
         values, abs=1e-4, nan_ok=True
     )
@@ -90,10 +91,12 @@ def test_cams_score_exactly_at_a_fixed_background(tiny_cams, tmp_path, quiet, se
 def test_swept_powers_name_the_best(tiny_cams, tmp_path, quiet):
     out = tmp_path / "scores.json"
     one_by_one = {
-        power: scored(quiet, cams=tiny_cams.train, data=tiny_cams.data, powers=(power,), out=out)["miou"]
+        power: scored(quiet, cams=tiny_cams.train, data=tiny_cams.data.folder, powers=(power,), out=out)[
+            "miou"
+        ]
         for power in (1.0, 4.0, 16.0)
     }
-    result = scored(quiet, cams=tiny_cams.train, data=tiny_cams.data, powers=(1.0, 4.0, 16.0), out=out)
+    result = scored(quiet, cams=tiny_cams.train, data=tiny_cams.data.folder, powers=(1.0, 4.0, 16.0), out=out)
     assert result["curve"] == list(one_by_one.values()) and result["powers"] == list(one_by_one)
     assert result["power"] == max(one_by_one, key=one_by_one.get) and result["threshold_from"] == "train"
     text = quiet.console.file.getvalue()
@@ -105,18 +108,17 @@ def test_swept_powers_name_the_best(tiny_cams, tmp_path, quiet):
 
 def test_pseudo_labels_by_threshold_score_as_their_cams(tiny_cams, tmp_path, quiet):
     """The files of --method none, scored as labels, give what the CAMs give at that threshold."""
-    config = refine.RefineConfig(
-        method="none", threshold=0.3, cams=tiny_cams.train, data=tiny_cams.data, out=tmp_path
+    refine.run(tiny_refine(tiny_cams, tmp_path, threshold=0.3), quiet)
+    labels = scored(quiet, labels=tmp_path, data=tiny_cams.data.folder)
+    cams = scored(
+        quiet, cams=tiny_cams.train, data=tiny_cams.data.folder, threshold=0.3, out=tmp_path / "cams.json"
     )
-    refine.run(config, quiet)
-    labels = scored(quiet, labels=tmp_path, data=tiny_cams.data)
-    cams = scored(quiet, cams=tiny_cams.train, data=tiny_cams.data, threshold=0.3, out=tmp_path / "cams.json")
     assert labels["iou"] == cams["iou"] and labels["miou"] == cams["miou"] and labels["unsure_pixels"] == 0
 
 
 def test_wrong_label_images_are_named(tiny_cams, tmp_path, quiet, random_labels):
     first = VOCFolder(tiny_cams.root).ids("val")[0]
-    settings = dict(labels=tmp_path, data=tiny_cams.data, split="val")
+    settings = dict(labels=tmp_path, data=tiny_cams.data.folder, split="val")
     write_label_png(tmp_path / f"{first}.png", np.zeros((4, 5), np.uint8))
     with pytest.raises(
         ValueError, match=rf"{first}.png: expected the ground truth's size \(48, 48\), got \(4, 5\)"

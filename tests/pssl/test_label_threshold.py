@@ -11,8 +11,9 @@ from pssl.config.refine import RefineSettings
 from pssl.core.checkpoint import load_weights
 from pssl.data import VOCFolder
 from pssl.data.voc import read_label_png
+from pssl.method import refinement
 from pssl.scoring.scoring import LabelScorer
-from pssl.scoring.thresholds import climb
+from pssl.scoring.thresholds import hill_climb
 
 
 @pytest.mark.parametrize("peak", [0.2, 0.3, 0.52, 0.01, 0.99])
@@ -23,7 +24,7 @@ def test_climbing_ends_on_the_peak(peak):
         asked.append(threshold)
         return -abs(threshold - peak)
 
-    scores = climb(score, 0.3)
+    scores = hill_climb(score, 0.3)
     assert asked == list(scores) and len(set(asked)) == len(asked), "nothing is scored twice"
     best = max(scores, key=scores.get)
     assert abs(best - peak) <= 0.025 and 0 < min(scores) and max(scores) < 1
@@ -92,8 +93,8 @@ def test_stopped_run_chooses_its_threshold_once(tiny_cams, tmp_path, quiet, monk
     assert len(list(broken.out.glob("*.png"))) == 5
 
     refined = []
-    step = refine.crf_step
-    monkeypatch.setattr(refine, "crf_step", lambda *arguments: refined.append(1) or step(*arguments))
+    step = refinement.crf_step
+    monkeypatch.setattr(refinement, "crf_step", lambda *arguments: refined.append(1) or step(*arguments))
     result = refine.run(broken, quiet)
     assert (result["written"], result["kept"], result["background"]) == (11, 5, chosen)
     assert len(refined) <= 11, "the threshold was chosen again"

@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.config.train import MethodConfig
-from pssl.method.objective import Objective, classification_loss
+from pssl.method.objective import Objective
 from pssl.method.readout import map_regions, readout_maps
 from pssl.method.support import SupportNet
+from pssl.method.terms import Step
+from pssl.method.terms.classification import classification_loss
 from pssl.method.terms.mam import MAMConfig
 from pssl.method.terms.rcm import RCM, PrototypeMemory, RCMConfig, image_prototypes, leave_one_out
+from pssl.method.terms.registry import MethodConfig
 from pssl.models.cam_net import CamOutput, build_cam_net
 from pssl.models.prototypes import Prototypes
 
@@ -250,7 +252,8 @@ def count_passes(module):
 
 @pytest.mark.parametrize(("rcm", "mam"), [(False, False), (True, False), (False, True), (True, True)])
 def test_each_scale_is_passed_once(net, rcm, mam):
-    objective = Objective(MethodConfig(), 3, 8, 24, rcm=rcm, mam=mam)
+    names = [name for name, there in (("rcm", rcm), ("mam", mam)) if there]
+    objective = Objective(MethodConfig(), names, classes=3, dim=8, size=24)
     support = SupportNet(net)
     main_sizes, support_sizes = count_passes(net), count_passes(support)
     given = inputs(objective.scales)
@@ -268,7 +271,7 @@ def test_each_scale_is_passed_once(net, rcm, mam):
 
 @pytest.mark.parametrize("pairs", ["all", "same", "other"])
 def test_mam_loss_equals_the_formula(net, pairs):
-    objective = Objective(MethodConfig(mam=MAMConfig(pairs=pairs)), 3, 8, 24, mam=True)
+    objective = Objective(MethodConfig(mam=MAMConfig(pairs=pairs)), ("mam",), classes=3, dim=8, size=24)
     given = inputs(objective.scales)
     support = SupportNet(net)
     with torch.no_grad():
@@ -303,7 +306,7 @@ def test_classification_loss_is_the_soft_margin_and_the_binary_cross_entropy():
 def test_terms_begin_in_their_epochs(net):
     """Before that they are not among the losses, and nothing is passed for them alone."""
     config = MethodConfig(rcm=RCMConfig(from_epoch=1), mam=MAMConfig(from_epoch=2))
-    objective = Objective(config, 3, 8, 24, rcm=True, mam=True)
+    objective = Objective(config, ("rcm", "mam"), classes=3, dim=8, size=24)
     support, given = SupportNet(net), inputs(objective.scales)
     main_sizes, support_sizes = count_passes(net), count_passes(support)
     expected = [({"classification"}, 1, 0), ({"classification", "rcm"}, 1, 4)]
@@ -324,14 +327,15 @@ def test_a_frozen_backbone_passes_each_scale_once(mode):
     main = build_cam_net("small", 3, dim=8, width=16, frozen=True).train()
     main.set_channel_statistics(torch.rand(16), 1 + torch.rand(16))
     support = SupportNet(main, mode)
-    objective = Objective(MethodConfig(), 3, 8, 24, rcm=True, mam=True)
+    objective = Objective(MethodConfig(), ("rcm", "mam"), classes=3, dim=8, size=24)
     images = inputs(objective.scales)
     passed = []
     main.backbone.register_forward_hook(lambda module, args, output: passed.append(args[0].shape[-1]))
     losses = objective(main, support, images, labels())
     assert sorted(passed) == [12, 24, 36, 48]
-    seen = {scale: main(images[scale]) for scale in objective.main_scales}
-    target = {scale: support(images[scale]) for scale in objective.support_scales}
+    seen = {scale: main(images[scale]) for scale in objective.main_scales()}
+    target = {scale: support(images[scale]) for scale in objective.support_scales()}
     objective.rcm.memory = PrototypeMemory(4, 8, objective.config.rcm.memory)
-    for name, loss in objective.terms(seen, target, labels()).items():
-        assert torch.equal(loss, losses[name]), name
+    step = Step(seen, target, labels(), None, objective.views, objective.terms)
+    for name, term in objective.terms.items():
+        assert torch.equal(term(step), losses[name]), name

@@ -8,7 +8,6 @@ import torch
 from pssl import pipeline, segment, train
 from pssl.cli import parse
 from pssl.config.mapping import overlay
-from pssl.config.train import TrainConfig
 from pssl.data import VOCFolder
 
 
@@ -63,22 +62,21 @@ def test_pipeline_stops_and_carries_on(tiny_pipeline, tiny_root, tmp_path, quiet
     written = {path.name for path in after if again[path] != after[path]}
     assert written == {"pipeline.json", "report.html"}
 
-    assert pipeline.read_config(config.out) == config
-    config.seed = 1
+    config.train.seed = 1
     with pytest.raises(ValueError, match=r"differ in seed \(0, now 1\)"):
         pipeline.run(config, quiet)
-    config.resume = False
+    config.train.resume = False
     with pytest.raises(ValueError, match="expected a new folder without resume"):
         pipeline.run(config, quiet)
 
 
 def test_configuration_is_one_and_checked():
     config = parse(pipeline.PipelineConfig, ["--refine.method", "par+crf", "--segment.model.head", "v3plus"])
-    assert isinstance(config, TrainConfig) and config.method.rcm.weight == 3.0, "the recipe of the backbone"
+    assert config.train.method.rcm.weight == 3.0, "the recipe of the backbone"
     arm = config.out / "train/checkpoints/rcm+mam.safetensors"
-    assert pipeline.segment_config(config).model.init == arm and config.segment.model.init is None
+    assert pipeline.segment_config(config).settings.model.init == arm and config.segment.model.init is None
     for flags in (["--no-warm-start"], ["--segment.model.width", "32"], ["--model.frozen"]):
-        assert pipeline.segment_config(parse(pipeline.PipelineConfig, flags)).model.init is None
+        assert pipeline.segment_config(parse(pipeline.PipelineConfig, flags)).settings.model.init is None
     assert config.refine.steps == ("par", "crf") and config.segment.model.head == "v3plus"
     for wrong, text in (
         ({"arm": "mam"}, "arm: expected one of the arms classifier_long, rcm.mam, got 'mam'"),
@@ -90,4 +88,4 @@ def test_configuration_is_one_and_checked():
     ):
         with pytest.raises(ValueError, match=text):
             overlay(pipeline.PipelineConfig(), ("file.yaml", wrong))
-    assert train.TrainConfig().resume is False and pipeline.PipelineConfig().resume is True
+    assert train.TrainConfig().resume is False and pipeline.PipelineConfig().train.resume is True

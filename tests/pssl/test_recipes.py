@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import io
+import pkgutil
 import shutil
 import textwrap
 
@@ -14,18 +16,18 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from pssl import cams, evaluate, pipeline, refine, segment
+from pssl import cams, evaluate, method, pipeline, refine, segment
 from pssl import config as configuration
 from pssl.cli import RECIPES, parse
 from pssl.config.mapping import overlay, to_dict
 from pssl.config.reading import InferenceConfig
 from pssl.config.segment import RECIPE_OF_SEGMENTER
-from pssl.config.train import RECIPE_OF_BACKBONE, TERMS_OF_ARM, TrainConfig
+from pssl.config.train import RECIPE_OF_BACKBONE, TrainConfig
 from pssl.core.log import Log
 from pssl.data import VOCFolder
 from pssl.data.transforms import random_colours
 from pssl.inputs.images import FileInputs
-from pssl.method import settings
+from pssl.method.arms import ARMS
 from pssl.method.inference import ImageMaps, read_images
 from pssl.method.objective import Objective
 from pssl.models.build import build_segmenter, net_of
@@ -69,14 +71,17 @@ def test_segmentation_recipe_builds(name, request):
     written = yaml.safe_load(path.read_text())
     config = parse(segment.SegmentConfig, ["--recipe", name])
     within = parse(pipeline.PipelineConfig, ["--segment.recipe", name, "--model.backbone", "resnet38d"])
-    assert within.recipe == "voc12_resnet38d" and path.read_text().startswith("# "), "says what it is for"
+    assert within.train.recipe == "voc12_resnet38d" and path.read_text().startswith("# "), (
+        "says what it is for"
+    )
+    config = config.settings
     for found in (config, within.segment):
         held = to_dict(found)
         assert found.recipe == name and overlay(found, ("again", written)) == found
         assert {key: held[key] for key in written if not isinstance(written[key], dict)} == {
             key: value for key, value in written.items() if not isinstance(value, dict)
         }
-    assert config.side == written.get("size", 96)
+    assert config.size == written.get("size")
     if config.model.backbone == "timm":
         request.getfixturevalue("timm")
     if config.model.head == "v3plus":  # sees its finer channels on an empty image: not on the meta device
@@ -93,22 +98,24 @@ def test_segmentation_recipe_builds(name, request):
 
 
 def test_segmentation_starts_from_the_recipe_of_its_backbone():
-    assert parse(segment.SegmentConfig, []).recipe == "synthetic"
-    config = parse(segment.SegmentConfig, ["--model.backbone", "timm", "--schedule.epochs", "3"])
+    assert parse(segment.SegmentConfig, []).settings.recipe == "synthetic"
+    config = parse(segment.SegmentConfig, ["--model.backbone", "timm", "--schedule.epochs", "3"]).settings
     assert (config.recipe, config.model.head, config.schedule.epochs) == ("voc12_resnet101", "v2", 3)
     config = parse(pipeline.PipelineConfig, ["--model.backbone", "efficientnet_lite0"])
-    assert (config.recipe, config.segment.recipe) == ("photographs", "photographs")
+    assert (config.train.recipe, config.segment.recipe) == ("photographs", "photographs")
     assert config.segment.model.backbone == "efficientnet_lite0"
     assert set(RECIPE_OF_SEGMENTER.values()) == set(SEGMENT)
-    with pytest.raises(SystemExit, match=r"recipe: expected one of photographs, synthetic, .*, got 'voc'"):
+    with pytest.raises(ValueError, match=r"recipe: expected one of photographs, synthetic, .*, got 'voc'"):
         parse(segment.SegmentConfig, ["--recipe", "voc"])
 
 
 def on_meta(config: TrainConfig, classes: int):
     with torch.device("meta"):
         net = net_of(config.model, classes)
-        terms = {term for terms in TERMS_OF_ARM.values() for term in terms}
-        objective = Objective(config.method, classes, net.dim, config.data.size, **dict.fromkeys(terms, True))
+        terms = [term for terms in ARMS.values() for term in terms]
+        objective = Objective(
+            config.method, terms, classes=classes, dim=net.dim, size=config.data.splits.size
+        )
     return net.train(), objective
 
 
@@ -117,9 +124,9 @@ def test_recipe_builds(name, request):
     config = recipe(name)
     if config.model.backbone == "timm":
         request.getfixturevalue("timm")
-    classes = 80 if config.data.layout == "coco" else 20
+    classes = 80 if config.data.folder.layout == "coco" else 20
     net, objective = on_meta(config, classes)
-    side = config.data.size // 8 * 8
+    side = config.data.splits.size // 8 * 8
     if (
         config.model.backbone != "timm"
     ):  # timm's transformers ask for values, which the meta device has none of
@@ -145,14 +152,19 @@ def test_seams_groups_of_rates():
         (0.1, 5e-4),
         (0.2, 0.0),
     ]
-    assert config.data.zoom[1] * config.data.size == pytest.approx(768)
-    assert (config.schedule.batch_size, config.schedule.poly_power, config.data.size) == (8, 0.9, 448)
+    assert config.data.zoom[1] * config.data.splits.size == pytest.approx(768)
+    assert (config.schedule.batch_size, config.schedule.poly_power, config.data.splits.size) == (8, 0.9, 448)
 
 
 def test_every_option_says_what_it_is():
     """Each field of each configuration is followed by a text, which --help shows."""
-    modules = (configuration, settings, cams, evaluate, pipeline, refine, segment)
-    kinds = {kind for module in modules for _, kind in inspect.getmembers(module, dataclasses.is_dataclass)}
+    rooms = (configuration, method.terms)
+    names = [
+        f"{room.__name__}.{module.name}" for room in rooms for module in pkgutil.iter_modules(room.__path__)
+    ]
+    modules = (*map(importlib.import_module, names), cams, evaluate, pipeline, refine, segment)
+    kinds = {kind for module in modules for _, kind in inspect.getmembers(module, inspect.isclass)}
+    kinds = {kind for kind in kinds if dataclasses.is_dataclass(kind)}
     kinds = {kind for kind in kinds if kind.__name__.endswith(("Config", "Settings"))}
     assert len(kinds) > 20
     for kind in kinds:
@@ -160,6 +172,7 @@ def test_every_option_says_what_it_is():
         for place, entry in enumerate(body):
             if isinstance(entry, ast.AnnAssign):
                 section = getattr(entry.annotation, "id", "") in {other.__name__ for other in kinds}
+                section = section or "PART" in ast.unparse(entry.annotation)
                 after = body[place + 1] if place + 1 < len(body) else None
                 text = (
                     isinstance(after, ast.Expr)
@@ -261,8 +274,8 @@ def test_a_run_from_files_with_a_best_epoch_and_tensorboard(tiny_config):
     from pssl import train
     from pssl.models.checkpoints import load_net
 
-    tiny_config.arms, tiny_config.pictures, tiny_config.data.train_split = ("classifier",), 0, "val"
-    tiny_config.data.loading, tiny_config.data.size = "files", 40
+    tiny_config.arms, tiny_config.pictures, tiny_config.data.splits.train_split = ("classifier",), 0, "val"
+    tiny_config.data.loading, tiny_config.data.splits.size = "files", 40
     tiny_config.inference.scales, tiny_config.method.support.scales = (1.0,), (1.0,)
     tiny_config.schedule.classifier_epochs, tiny_config.evaluation.every = 2, 1
     tiny_config.engine.channels_last = False

@@ -20,6 +20,7 @@ from pssl.core import settings_file as claims
 from pssl.core.threads import over_images
 from pssl.data import VOCFolder, voc_palette
 from pssl.data.voc import read_label_png
+from pssl.method import refinement
 from pssl.method.affinity import AffinityHead, affinity_losses
 from pssl.method.pseudo_labels import (
     best_regions,
@@ -182,8 +183,8 @@ def test_labels_are_what_the_steps_make(tiny_cams, tmp_path, quiet):
     for image_id in folder.ids("train"):
         image = torch.from_numpy(folder.image(image_id)).permute(2, 0, 1)
         scores, regions = label_scores(*read_cams(tiny_cams.train, image_id), 0.4)
-        scores = par_step(image, (5.0 * scores).softmax(0), config.par)
-        scores = crf_step(image, (5.0 * scores).softmax(0), config.crf)
+        scores = par_step(image, (5.0 * scores).softmax(0), config.settings.par)
+        scores = crf_step(image, (5.0 * scores).softmax(0), config.settings.crf)
         expected = best_regions(scores, regions, 0.7)
         for out in ("a", "b"):
             found = read_label_png(tmp_path / out / f"{image_id}.png", len(folder.classes))
@@ -198,7 +199,7 @@ def test_stopped_run_carries_on(tiny_cams, tmp_path, quiet):
     expected = labels_of(whole.out, ids)
 
     broken = tiny_refine(tiny_cams, tmp_path / "broken", "affinity", threshold=0.4)
-    step = refine.walk_step
+    step = refinement.walk_step
     calls = itertools.count()
 
     def stop(*arguments):
@@ -206,12 +207,12 @@ def test_stopped_run_carries_on(tiny_cams, tmp_path, quiet):
             raise KeyboardInterrupt
         return step(*arguments)
 
-    refine.walk_step = stop
+    refinement.walk_step = stop
     try:
         with pytest.raises(KeyboardInterrupt):
             refine.run(broken, quiet)
     finally:
-        refine.walk_step = step
+        refinement.walk_step = step
     done = {path.stem: path.stat().st_mtime_ns for path in broken.out.glob("*.png")}
     assert 0 < len(done) < 16
     assert labels_of(broken.out, done) == {i: expected[i] for i in done}
@@ -246,10 +247,10 @@ def test_trained_affinities_serve_another_split(tiny_cams, tmp_path, quiet):
     trained = tiny_refine(tiny_cams, tmp_path / "train", "affinity")
     refine.run(trained, quiet)
     other = tiny_refine(tiny_cams, tmp_path / "val", "affinity", split="val", threshold=0.4)
-    other.cams, other.affinity.checkpoint = tiny_cams.val, trained.out / "affinity.safetensors"
+    other.cams, other.settings.affinity.checkpoint = tiny_cams.val, trained.out / "affinity.safetensors"
     assert refine.run(other, quiet)["written"] == 6
     assert not (other.out / "confident").exists()
-    other.out, other.affinity.dim = tmp_path / "other", 5
+    other.out, other.settings.affinity.dim = tmp_path / "other", 5
     with pytest.raises(ValueError, match=r"affinity.safetensors: expected affinities of .*'dim': 5"):
         refine.run(other, quiet)
 
@@ -261,12 +262,12 @@ def test_other_settings_are_refused_in_the_same_folder(tiny_cams, tmp_path, quie
     after = refine.run(config, quiet)
     assert after["kept"] == 16 and after["seconds_per_image"] == before["seconds_per_image"]
     assert before["seconds_per_image"]["image"] > 0
-    config.threshold = 0.5
+    config.settings.threshold = 0.5
     with pytest.raises(ValueError, match=r"differ in threshold \(0.4, now 0.5\)"):
         refine.run(config, quiet)
-    claims.claim(tmp_path / "x.yaml", {"a": {"b": 1}, "c": None})
+    claims.write_or_require_same(tmp_path / "x.yaml", {"a": {"b": 1}, "c": None})
     with pytest.raises(ValueError, match=r"a.b \(1, now 2\), c \(None, now None\)"):
-        claims.claim(tmp_path / "x.yaml", {"a": {"b": 2}})
+        claims.write_or_require_same(tmp_path / "x.yaml", {"a": {"b": 2}})
 
 
 def test_missing_things_are_named(tiny_cams, tmp_path, quiet):
@@ -277,10 +278,10 @@ def test_missing_things_are_named(tiny_cams, tmp_path, quiet):
         write_cams(config.cams, image_id, torch.zeros(1, 48, 48), torch.tensor([1]))
     with pytest.raises(ValueError, match="threshold: expected one, or a power"):
         refine.run(config, quiet)
-    config.threshold = 0.4
+    config.settings.threshold = 0.4
     with pytest.raises(ValueError, match="checkpoint: expected one for the affinities"):
         refine.run(config, quiet)
-    config.method = "none"
+    config.settings.method = "none"
     assert refine.run(config, quiet)["written"] == 16
     write_cams(config.cams, ids[3], torch.zeros(1, 5, 5), torch.tensor([1]))
     config.out = tmp_path / "again"

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from refining import tiny_refine
 
 from pssl import evaluate, refine, segment
 from pssl.config.model import ModelConfig, SegmenterConfig
+from pssl.config.segment import SegmentSettings
 from pssl.core.checkpoint import load_weights
 from pssl.data import VOCFolder, random_labelled_crop, write_label_png
 from pssl.data.voc import read_label_png
@@ -19,7 +21,7 @@ from pssl.models.build import new_segmenter
 from pssl.models.checkpoints import load_segmenter
 from pssl.models.deeplab import DeepLab, segmentation_loss
 from pssl.training import segmentation
-from pssl.training.loop import Draw
+from pssl.training.base import Draw
 from pssl_ext import dense_crf
 
 
@@ -34,7 +36,7 @@ def tiny_labels(tiny_cams, tmp_path, quiet):
     """Pseudo labels of the training images, by threshold."""
     out = tmp_path / "labels"
     refine.run(
-        refine.RefineConfig(method="none", threshold=0.4, cams=tiny_cams.train, data=tiny_cams.data, out=out),
+        tiny_refine(tiny_cams, out, threshold=0.4),
         quiet,
     )
     return out
@@ -42,11 +44,12 @@ def tiny_labels(tiny_cams, tmp_path, quiet):
 
 def tiny_segment(tiny_cams, labels, out, **more) -> segment.SegmentConfig:
     """A run of eight steps."""
-    config = segment.SegmentConfig(labels=labels, data=tiny_cams.data, out=out, workers=2, **more)
-    config.model.width, config.model.dim, config.model.rates = 16, 8, (2,)
-    config.schedule.epochs, config.schedule.batch_size = 2, 4
-    config.predict.scales = (1.0, 1.5)
-    return config
+    own = {name: more.pop(name) for name in list(more) if name in SegmentSettings.__dataclass_fields__}
+    settings = SegmentSettings(**own)
+    settings.model.width, settings.model.dim, settings.model.rates = 16, 8, (2,)
+    settings.schedule.epochs, settings.schedule.batch_size = 2, 4
+    settings.predict.scales = (1.0, 1.5)
+    return segment.SegmentConfig(settings, labels, tiny_cams.data, out=out, workers=2, **more)
 
 
 def net_of(head: str, backbone: str = "small", **more) -> DeepLab:
@@ -207,7 +210,7 @@ def test_image_and_labels_change_alike():
 @pytest.mark.parametrize("head", ["largefov", "v2", "v3plus"])
 def test_run_leaves_its_files(tiny_cams, tiny_labels, tmp_path, quiet, head):
     config = tiny_segment(tiny_cams, tiny_labels, tmp_path / "run")
-    config.model.head = head
+    config.settings.model.head = head
     result = segment.run(config, quiet)
     folder = VOCFolder(tiny_cams.root)
     assert config.predictions == tmp_path / "run/results/VOC2012/Segmentation/comp6_val_cls"
@@ -223,7 +226,7 @@ def test_run_leaves_its_files(tiny_cams, tiny_labels, tmp_path, quiet, head):
         assert np.array_equal(read_label_png(config.predictions / f"{image_id}.png", 20), expected.numpy())
     scored = evaluate.run(
         evaluate.EvaluateConfig(
-            labels=config.predictions, data=config.data, split="val", out=tmp_path / "scores.json"
+            labels=config.predictions, data=config.data.folder, split="val", out=tmp_path / "scores.json"
         ),
         quiet,
     )
@@ -270,11 +273,15 @@ def test_stopped_training_carries_on(tiny_cams, tiny_labels, tmp_path, quiet):
 
 def test_crf_and_a_given_checkpoint(tiny_cams, tiny_labels, tmp_path, quiet):
     first = tiny_segment(tiny_cams, tiny_labels, tmp_path / "first")
-    first.schedule.epochs = 6
+    first.settings.schedule.epochs = 6
     segment.run(first, quiet)
     checkpoint = first.out / "checkpoints/segment.safetensors"
     config = tiny_segment(tiny_cams, tiny_labels, tmp_path / "second", checkpoint=checkpoint)
-    config.predict.crf, config.crf.iterations, config.crf.bilateral = True, 2, (5.0, 60.0, 3.0)
+    config.settings.predict.crf, config.settings.crf.iterations, config.settings.crf.bilateral = (
+        True,
+        2,
+        (5.0, 60.0, 3.0),
+    )
     assert segment.run(config, quiet)["training"] == {}
     folder = VOCFolder(tiny_cams.root)
     net, changed = load_segmenter(checkpoint, folder.classes), 0
@@ -282,7 +289,11 @@ def test_crf_and_a_given_checkpoint(tiny_cams, tiny_labels, tmp_path, quiet):
         image = torch.from_numpy(folder.image(image_id)).permute(2, 0, 1)
         p = net.probabilities(image, (1.0, 1.5), True)[None]
         refined = dense_crf(
-            image[None], p, iterations=2, gaussian=config.crf.gaussian, bilateral=config.crf.bilateral
+            image[None],
+            p,
+            iterations=2,
+            gaussian=config.settings.crf.gaussian,
+            bilateral=config.settings.crf.bilateral,
         )[0].argmax(0)
         assert np.array_equal(read_label_png(config.predictions / f"{image_id}.png", 20), refined.numpy())
         changed += int((refined != p[0].argmax(0)).sum())
@@ -301,9 +312,9 @@ def test_training_shows_squares_of_its_own_size(tiny_cams, tiny_labels, tmp_path
 
     monkeypatch.setattr("pssl.training.segmentation.segmentation_loss", loss)
     config = tiny_segment(tiny_cams, tiny_labels, tmp_path / "run", size=40)
-    config.schedule.epochs = 1
+    config.settings.schedule.epochs = 1
     segment.run(config, quiet)
-    assert shown == {(40, 40)} and config.data.size == 48
+    assert shown == {(40, 40)} and config.data.splits.size == 48
     assert load_weights(tmp_path / "run/checkpoints/segment.safetensors")[1]["size"] == 40
 
 
@@ -321,7 +332,7 @@ def test_backbone_of_a_cam_checkpoint(tiny_cams):
 
 def frozen_segment(tiny_cams, labels, out, **more) -> segment.SegmentConfig:
     config = tiny_segment(tiny_cams, labels, out, frozen_scales=(0.5, 1.0), **more)
-    config.model.frozen, config.model.init = True, tiny_cams.checkpoint
+    config.settings.model.frozen, config.settings.model.init = True, tiny_cams.checkpoint
     return config
 
 
@@ -359,9 +370,9 @@ def test_what_a_frozen_backbone_is_fed(tiny_cams, tiny_labels, tmp_path, quiet, 
     """Activations of the image, or of the mirrored one, with labels that are mirrored alike."""
     monkeypatch.setenv("PSSL_CACHE", str(tmp_path / "cache"))
     config, folder = frozen_segment(tiny_cams, tiny_labels, tmp_path), VOCFolder(tiny_cams.root)
-    net, ids = new_segmenter(config.model, len(folder.classes), 0)[0].eval(), folder.ids("train")
+    net, ids = new_segmenter(config.settings.model, len(folder.classes), 0)[0].eval(), folder.ids("train")
     training = segmentation.FrozenSegmentTraining(
-        net, folder, ids, tiny_labels, 48, config.zoom, config.schedule, 1, 0,
+        net, folder, ids, tiny_labels, 48, config.settings.zoom, config.settings.schedule, 1, 0,
         weights=tiny_cams.checkpoint, backbone="small", scales=(0.5, 1.0), log=quiet,
     )  # fmt: skip
     seen = set()

@@ -13,10 +13,12 @@ from rich.console import Console
 
 from pssl import cams, evaluate, train
 from pssl.cli import parse
-from pssl.config.train import ARMS, TrainConfig
+from pssl.config.data import FolderConfig
+from pssl.config.train import TrainConfig
 from pssl.core.log import Log
 from pssl.data import VOCFolder, open_folder, write_label_csv
-from pssl.data.split import usable_images
+from pssl.data.split import open_split
+from pssl.method.arms import DEFAULT_ARMS
 from pssl.models.cam_files import write_cams
 from pssl.models.checkpoints import load_net
 
@@ -45,7 +47,7 @@ def test_all_arms_leave_their_files(tiny_config):
         tiny_config, recipe="synthetic"
     )
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert list(metrics["runs"][0]["arms"]) == list(ARMS)
+    assert list(metrics["runs"][0]["arms"]) == list(DEFAULT_ARMS)
     for arm, entry in metrics["runs"][0]["arms"].items():
         assert entry["steps_after_stage_1"] == (0 if arm == "classifier" else 4)
         assert load_net(out / "checkpoints" / f"{arm}.safetensors").description["arm"] == arm
@@ -57,14 +59,18 @@ def test_all_arms_leave_their_files(tiny_config):
             assert set(scores["val"]["iou"]) == {"background", *metrics["data"]["classes"]}
             assert set(scores["val"]["activation"]) == {"part", "body", "background"}
     rows = list(csv.DictReader((out / "summary.csv").open()))
-    assert [(r["arm"], r["readout"]) for r in rows] == [(a, r) for a in ARMS for r in ("cam", "prototype")]
+    assert [(r["arm"], r["readout"]) for r in rows] == [
+        (a, r) for a in DEFAULT_ARMS for r in ("cam", "prototype")
+    ]
     columns = ("train_split", "train_images", "val_split", "val_images")
     assert {tuple(row[name] for name in columns) for row in rows} == {("train", "16", "val", "6")}
     losses = list(csv.DictReader((out / "losses.csv").open()))
     assert len(losses) == 5 * 4 and losses[-1]["rcm"] and losses[-1]["mam"] and not losses[0]["rcm"]
     assert len(list((out / "pictures").glob("*.png"))) == 1
     table = log.console.file.getvalue()
-    assert all(arm in table for arm in ARMS) and "mIoU val" in table and "threshold picked on" in table
+    assert (
+        all(arm in table for arm in DEFAULT_ARMS) and "mIoU val" in table and "threshold picked on" in table
+    )
     assert "train: 16 images of train; val: 6 images of val" in " ".join(table.split())
 
 
@@ -119,7 +125,7 @@ def test_cam_files_score_as_training_said(tiny_config, tmp_path, readout):
         written = cams.run(
             cams.CamsConfig(
                 checkpoint=tiny_config.out / "checkpoints/rcm.safetensors",
-                data=tiny_config.data,
+                data=tiny_config.data.folder,
                 split=split,
                 readout=readout,
                 inference=tiny_config.inference,
@@ -131,10 +137,10 @@ def test_cam_files_score_as_training_said(tiny_config, tmp_path, readout):
         assert written == said["images"]
         config = evaluate.EvaluateConfig(
             cams=folder,
-            data=tiny_config.data,
+            data=tiny_config.data.folder,
             split=split,
             threshold=said["threshold"],
-            evaluation=tiny_config.evaluation,
+            evaluation=tiny_config.evaluation.sweep,
         )
         scored = evaluate.run(config, quiet())
         for key in ("miou", "iou", "curve", "activation", "best_threshold_on_this_split", "images"):
@@ -144,7 +150,7 @@ def test_cam_files_score_as_training_said(tiny_config, tmp_path, readout):
 
 def test_images_that_cannot_be_used_are_named_and_left_out(tiny_config, tmp_path):
     root = tmp_path / "damaged"
-    shutil.copytree(tiny_config.data.root, root)
+    shutil.copytree(tiny_config.data.folder.root, root)
     folder = VOCFolder(root)
     train_ids, val_ids = folder.ids("train"), folder.ids("val")
     folder.image_path(train_ids[0]).unlink()
@@ -152,7 +158,7 @@ def test_images_that_cannot_be_used_are_named_and_left_out(tiny_config, tmp_path
     path.write_bytes(path.read_bytes()[:-100])
     folder.mask_path(train_ids[2]).unlink()
     folder.mask_path(val_ids[0]).unlink()
-    tiny_config.data.root, tiny_config.arms = root, ("classifier",)
+    tiny_config.data.folder.root, tiny_config.arms = root, ("classifier",)
     log = quiet()
     metrics = train.run(tiny_config, log)
     said = log.console.file.getvalue()
@@ -178,7 +184,7 @@ def test_images_without_labels_are_left_out_and_a_broken_label_file_is_named_onc
     folder = VOCFolder(tiny_root)
     ids, path, log = folder.ids("train"), tmp_path / "labels.csv", quiet()
     write_label_csv(path, ids[2:5], folder.image_labels(ids[2:5]), folder.classes)
-    left = usable_images(open_folder(tiny_root, labels=str(path)), "train", "headers", log)
+    left = open_split(open_folder(tiny_root, labels=str(path)), "train", FolderConfig(), log)
     assert left.ids == ids[2:5]
     said = log.console.file.getvalue()
     assert all(f"problem: {path}: no image-level labels for {i}\n" in said for i in ids[:2] + ids[5:])
@@ -186,7 +192,7 @@ def test_images_without_labels_are_left_out_and_a_broken_label_file_is_named_onc
     path.write_text("nothing of the kind")
     log = quiet()
     with pytest.raises(ValueError, match="split train: expected images, got none that can be used"):
-        usable_images(open_folder(tiny_root, labels=str(path)), "train", "headers", log)
+        open_split(open_folder(tiny_root, labels=str(path)), "train", FolderConfig(), log)
     assert log.console.file.getvalue().count("problem: ") == 1
 
 
@@ -200,10 +206,12 @@ def test_checkpoint_of_other_classes_is_refused(tiny_config, photographs, tmp_pa
 
 
 def test_missing_cam_files_are_named_and_any_threshold_is_taken(tiny_config, tmp_path):
-    config = evaluate.EvaluateConfig(cams=tmp_path, data=tiny_config.data, split="val", threshold=0.123)
+    config = evaluate.EvaluateConfig(
+        cams=tmp_path, data=tiny_config.data.folder, split="val", threshold=0.123
+    )
     with pytest.raises(FileNotFoundError, match="expected a file"):
         evaluate.run(config, quiet())
-    for image_id in VOCFolder(tiny_config.data.root).ids("val"):
+    for image_id in VOCFolder(tiny_config.data.folder.root).ids("val"):
         write_cams(tmp_path, image_id, torch.zeros(1, 48, 48), torch.tensor([1]))
     result = evaluate.run(config, quiet())
     assert 0.123 in result["thresholds"] and result["threshold"] == 0.123 and len(result["curve"]) == 100

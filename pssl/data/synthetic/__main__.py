@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
-from .creatures import CLASSES
-from .folder import SyntheticConfig, write_synthetic
+from pssl.cli import command
+from pssl.config.values import PART
+from pssl.core.log import Log
+from pssl.data.synthetic.creatures import CLASSES
+from pssl.data.synthetic.folder import SyntheticConfig, write_synthetic
 
 
-def write(
-    out: tyro.conf.Positional[Path],
-    config: tyro.conf.OmitArgPrefixes[SyntheticConfig],
-) -> int:
-    """Write the synthetic data set as a VOC 2012 folder.
+@dataclass
+class WriteConfig:
+    """`python -m pssl.data.synthetic OUT`: the synthetic data set as a VOC 2012 folder."""
 
-    Args:
-        out: the folder to make; it must not exist, or be empty.
-        config: what to write.
-    """
-    try:
-        write_synthetic(out, config)
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 2
-    made = ", ".join(f"{field.name} {getattr(config, field.name)}" for field in fields(config))
-    print(f"{out}: {made}; {len(CLASSES)} classes: {', '.join(CLASSES)}")
-    return 0
+    out: tyro.conf.Positional[Path] = tyro.MISSING
+    """The folder to make; it must not exist, or be empty."""
+    set: Annotated[SyntheticConfig, PART] = field(default_factory=SyntheticConfig)
+
+
+@command("pssl.data.synthetic", WriteConfig)
+def run(config: WriteConfig, log: Log) -> None:
+    """Write the data set."""
+    write_synthetic(config.out, config.set)
+    made = ", ".join(f"{item.name} {getattr(config.set, item.name)}" for item in fields(config.set))
+    log.say(f"{config.out}: {made}; {len(CLASSES)} classes: {', '.join(CLASSES)}")
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(write, prog="python -m pssl.data.synthetic"))
+    run.main()

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pssl.core.cache import cache_dir
+from pssl.core.errors import InputError
 from pssl.core.files import folder_in_the_making
 
 from .. import palette
@@ -50,7 +51,7 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         if self.variant not in ("parts", "uniform"):
-            raise ValueError(f"synthetic: variant must be 'parts' or 'uniform', got {self.variant!r}")
+            raise InputError(f"synthetic: variant must be 'parts' or 'uniform', got {self.variant!r}")
         for name, lowest, highest in (
             ("train", 1, 499_999),
             ("val", 1, 499_999),
@@ -58,9 +59,9 @@ class SyntheticConfig:
         ):
             value = getattr(self, name)
             if not lowest <= value <= highest:
-                raise ValueError(f"synthetic: {name} must be in {lowest}..{highest}, got {value}")
+                raise InputError(f"synthetic: {name} must be in {lowest}..{highest}, got {value}")
         if self.seed < 0:
-            raise ValueError(f"synthetic: seed must be 0 or more, got {self.seed}")
+            raise InputError(f"synthetic: seed must be 0 or more, got {self.seed}")
 
 
 def generator_version() -> str:
@@ -115,7 +116,7 @@ def ensure_synthetic(
             ", ".join(f"{key} {found.get(key)!r}" for key in differing) if isinstance(found, dict) else found
         )
         expected = ", ".join(f"{key} {record[key]!r}" for key in differing)
-        raise ValueError(
+        raise InputError(
             f"{root / RECORD}: expected a set with {expected}, got {got}; remove it or name another folder"
         )
     return root

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pssl.config.values import Floats, require_scales
 from pssl.core.errors import InputError
+from pssl.method.terms.base import Step, Term
+from pssl.method.terms.registry import MethodConfig, register
 from pssl_ext import cam_compare
 
 
@@ -99,3 +101,47 @@ def readout_target(
     seen = mean > 0
     factor = level / mean.masked_fill(~seen, 1.0)
     return likelier * factor[..., None, None], image_labels * seen
+
+
+@register
+class MAMTerm(Term):
+    """MainNet's multi-scale CAMs against SupportNet's, or against the prototype readout once RCM has one."""
+
+    name = "mam"
+    Config = MAMConfig
+
+    @classmethod
+    def check(cls, config: MAMConfig, method: MethodConfig) -> None:
+        """Raise InputError where a scale of MainNet has no partner among SupportNet's."""
+        for scale in config.scales:
+            config.partners(scale, method.support.scales)
+
+    @property
+    def main_scales(self) -> tuple[float, ...]:
+        """The CAMs that learn."""
+        return self.config.scales
+
+    @property
+    def support_scales(self) -> tuple[float, ...]:
+        """The CAMs that are learnt from."""
+        return self.setting.method.support.scales
+
+    def _readout(self, step: Step) -> Tensor | None:
+        """Return the readout [B,K,H,W] where that is the target, else None."""
+        with_rcm = self.config.target == "readout" and "rcm" in step.terms
+        return step.terms["rcm"].readout(step) if with_rcm else None
+
+    def weight(self, step: Step) -> float:
+        """Return `readout_weight` where the readout is the target."""
+        return self.config.weight if self._readout(step) is None else self.config.readout_weight
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss, a scalar."""
+        return mam_loss(
+            {scale: step.main[scale].cam for scale in self.config.scales},
+            {scale: step.support[scale].cam for scale in self.setting.method.support.scales},
+            step.image_labels,
+            tuple(step.main[1.0].cam.shape[2:]),
+            self.config,
+            self._readout(step),
+        )

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pssl.config.values import Floats
 from pssl.core.ranks import gather_rows, sum_over_ranks
+from pssl.method.terms.base import Step, Term
+from pssl.method.terms.registry import register
 from pssl.method.terms.seam import spread
 from pssl.models.cam_net import CamOutput
 from pssl_ext import prototype_contrast, prototype_pool
@@ -141,3 +143,22 @@ def ppc_loss(first: CamOutput, second: CamOutput, image_labels: Tensor, config: 
             )
         loss = loss + hard_contrast(own, config)
     return loss / 2
+
+
+@register
+class PPCTerm(Term):
+    """Pixel-to-prototype contrast of SEAM's two views."""
+
+    name = "ppc"
+    Config = PPCConfig
+    needs = ("seam",)  # whose refined CAMs it reads
+
+    @property
+    def main_scales(self) -> tuple[float, ...]:
+        """SEAM's second view."""
+        return (self.setting.method.seam.scale,)
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss, a scalar."""
+        second = step.main[self.setting.method.seam.scale]
+        return ppc_loss(step.main[1.0], second, step.image_labels, self.config)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from pssl.config.values import Integers, require
 from pssl.core.ranks import gather_rows, share_of_mean, world_size
 from pssl.method.readout import map_regions, readout_maps
+from pssl.method.terms.base import Nets, Setting, Step, Term
+from pssl.method.terms.registry import register
 from pssl.models.cam_net import CamOutput
 from pssl.models.prototypes import Prototypes
 from pssl_ext import cam_regions, prototype_contrast, prototype_pool
@@ -234,3 +236,48 @@ def counted(regions: Tensor, valid: Tensor) -> Tensor:  # [B,H,W], bool [B,C]
     present = valid.new_zeros(len(valid), 256)
     present[:, : valid.shape[1]] = valid
     return present.gather(1, regions.flatten(1).long()).sum()
+
+
+@register
+class RCMTerm(Term):
+    """The contrast of MainNet's pixels with the prototypes of SupportNet's regions; anchored anew as configured."""
+
+    name = "rcm"
+    Config = RCMConfig
+    mean_of_images = False  # a mean over pixels that count, of all ranks
+
+    def __init__(self, config: RCMConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self.module = RCM(setting.classes, setting.dim, setting.size, config)
+
+    @property
+    def support_scales(self) -> tuple[float, ...]:
+        """SupportNet's, and 1, whose features make the prototypes."""
+        return (1.0, *self.setting.method.support.scales)
+
+    def before_epoch(self, epoch: int, nets: Nets) -> None:
+        """Every `refresh_epochs` take the masks from MainNet's readout, and let SupportNet start anew as MainNet."""
+        every = self.config.refresh_epochs
+        if every and epoch and epoch % every == 0:
+            self.module.anchor(nets.prototypes())
+            nets.support.restart(nets.main)
+
+    def readout(self, step: Step) -> Tensor | None:
+        """Return SupportNet's readout [B,K,H,W] once there are prototypes to read it by, else None."""
+        if not self.module.anchored:
+            return None
+        aims = self._aims(step)
+        return step.once("readout", lambda: self.module.readout(aims, step.image_labels, step.pixels))
+
+    def _aims(self, step: Step) -> list[CamOutput]:
+        return [step.support[scale] for scale in self.setting.method.support.scales]
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the contrastive loss, a scalar."""
+        return self.module(
+            step.main[1.0].features,
+            step.support[1.0].features,
+            self._aims(step),
+            step.image_labels,
+            self.readout(step),
+        )

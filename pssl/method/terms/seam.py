@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pssl.models.cam_net import CamOutput
+from pssl.method.terms.base import Step, Term
+from pssl.method.terms.registry import register
+from pssl.models.build import new_pixel_correlation
+from pssl.models.cam_net import CamNet, CamOutput
 
 EPS = 1e-5
 
@@ -83,3 +86,31 @@ def seam_loss(
         loss = loss + difference.topk(hard).values.mean()
         loss = loss + least_quarter(view.refined * everywhere) / 2
     return loss
+
+
+@register
+class SEAMTerm(Term):
+    """Equivariant regularisation of two views, with the pixel correlation module that MainNet is given for it."""
+
+    name = "seam"
+    Config = SEAMConfig
+
+    @property
+    def main_scales(self) -> tuple[float, ...]:
+        """The second view."""
+        return (self.config.scale,)
+
+    @property
+    def views(self) -> tuple[float, ...]:
+        """SEAM classifies both of its views."""
+        return (self.config.scale,)
+
+    def equip(self, net: CamNet, seed: int) -> None:
+        """Give MainNet the pixel correlation module."""
+        new_pixel_correlation(net, seed)
+
+    def forward(self, step: Step) -> Tensor:
+        """Return the loss, a scalar."""
+        side = max(round(self.setting.size * self.config.scale), 1)
+        first, second = step.main[1.0], step.main[self.config.scale]
+        return seam_loss(first, second, step.image_labels, (side, side), self.config)
