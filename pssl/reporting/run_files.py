@@ -1,4 +1,4 @@
-"""What a run left behind, as far as it has come."""
+"""A run as it is found: the files that it left behind, as far as it has come, and its data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from pssl.reporting.charts import Series
+from pssl.config.data import DataConfig
+from pssl.config.mapping import from_dict
+from pssl.data.open import DataFolder, open_data
+from pssl.reporting.series import Series
 
-LOSSES = ("classification", "rcm", "mam", "seam", "ppc", "total")  # a colour of the style sheet each
+PROGRESS = ("stage", "epoch", "step", "lr")  # columns of a losses.csv; the others are losses
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,20 @@ class RunFiles:
         raise FileNotFoundError(f"{self.root}: expected a pipeline.yaml or config.yaml, found none")
 
     def losses(self, path: Path) -> dict[str, list[Series]]:
-        """The curves of a losses.csv by stage: its losses over its steps."""
+        """The curves of a losses.csv by stage: its losses over its steps, each column in the colour of its place."""
         if not path.is_file():
             return {}
         with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+        names = [name for name in reader.fieldnames or () if name not in PROGRESS]
         found: dict[str, list[Series]] = {}
         for stage in dict.fromkeys(row["stage"] for row in rows):
             own = [row for row in rows if row["stage"] == stage]
             steps = [float(row["step"]) for row in own]
             curves = [
                 Series(name, steps, [float(row[name]) if row[name] else None for row in own], colour)
-                for colour, name in enumerate(LOSSES)
+                for colour, name in enumerate(names)
                 if any(row[name] for row in own)
             ]
             if len(curves) == 2 and curves[0].y == curves[1].y:  # the total of one term is that term
@@ -91,3 +96,31 @@ class RunFiles:
                 f"{self.root}: expected a folder of pssl.pipeline, pssl.train or pssl.segment, found neither "
                 "metrics.json nor segment.json"
             )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with its data, which must still be there."""
+
+    files: RunFiles
+    folder: DataFolder
+    split: str
+    """The held-out split."""
+
+    @classmethod
+    def open(cls, root: Path) -> Run:
+        """Open the run of a folder; FileNotFoundError where there is none, or no data any more."""
+        files = RunFiles(root)
+        files.require_something()
+        data = from_dict(DataConfig, files.config[1]["data"], str(root))
+        return cls(files, open_data(data), data.val_split)
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Background, then the classes."""
+        return ("background", *self.folder.classes)
+
+    @property
+    def predictions(self) -> Path:
+        """The folder of predictions."""
+        return self.files.segment / "results/VOC2012/Segmentation" / f"comp6_{Path(self.split).stem}_cls"
