@@ -5,7 +5,9 @@ import io
 import re
 import shutil
 import subprocess
+from fnmatch import fnmatch
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -372,3 +374,12 @@ def test_comparisons_show_regions_in_the_colours_of_the_report(tmp_path):
     for region in (0, 3, 255):
         count = (shown == colour_labels(np.array([region]))).all(1).sum()
         assert count == pytest.approx(area / 3, rel=0.15), region
+
+
+def test_archives_hold_all_files_of_the_package():
+    """What is no Python module, such as the template, comes into a wheel by a pattern of MANIFEST.in only."""
+    package = Path(report.__file__).parent
+    line = re.search(r"^recursive-include pssl (.*)$", (package.parent / "MANIFEST.in").read_text(), re.M)
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert "page.html.jinja" in [path.name for path in files]
+    assert [path for path in files if not any(fnmatch(path.name, kind) for kind in line[1].split())] == []
