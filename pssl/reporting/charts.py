@@ -1,67 +1,41 @@
-"""Charts as inline SVG, coloured by the page's style sheet: the same in light and in dark."""
+"""Charts of a report, drawn by matplotlib."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import pairwise
 
-WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 44
-SERIES = 6  # colours of the style sheet; more series begin again
-MOST_POINTS = 240  # of a line; more are averaged, since nobody sees them
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from pssl.reporting.series import Series, smoothed, thinned, with_gaps
+from pssl.reporting.svg import POINTS, SERIES, colour, inline_svg, named, page_style
+
+WIDTH, HEIGHT = 640, 300  # units of the SVG, which grows with the page
+BAR, BETWEEN_BARS, BETWEEN_GROUPS, AROUND_BARS = 9, 2, 10, 42
+ROUND_STEPS = [1, 2, 5, 10]  # of ticks, times a power of ten
 
 
 @dataclass(frozen=True)
-class Series:
-    """One line, or one colour of bars; None is a gap. `colour`: its number in the style sheet; None: its place."""
+class Key:
+    """An entry of a legend."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    colour: int | None = None
+    colour: str
+    """As CSS has it."""
 
 
-def _colours(series: Sequence[Series]) -> list[int]:
-    return [(n if s.colour is None else s.colour) % SERIES for n, s in enumerate(series)]
+@dataclass(frozen=True)
+class Chart:
+    """A drawing and its legend, which the page sets below it: there it wraps as the page does."""
 
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers in low..high, about `count` of them: steps of 1, 2 or 5 times a power of ten."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(n * step, 10) for n in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def thinned(series: Series, most: int = MOST_POINTS) -> Series:
-    """A series of at most `most` points: means over runs of neighbouring ones."""
-    count = len(series.x)
-    if count <= most:
-        return series
-    cuts = [i * count // most for i in range(most + 1)]
-    x, y = [], []
-    for begin, end in pairwise(cuts):
-        values = [v for v in series.y[begin:end] if v is not None]
-        x.append(sum(series.x[begin:end]) / (end - begin))
-        y.append(sum(values) / len(values) if values else None)
-    return Series(series.name, x, y, series.colour)
-
-
-def smoothed(series: Series) -> Series:
-    """Means over the neighbouring points, a fifteenth of the line in all; gaps stay."""
-    reach = len(series.y) // 30
-
-    def mean(at: int) -> float | None:
-        values = [v for v in series.y[max(at - reach, 0) : at + reach + 1] if v is not None]
-        return None if series.y[at] is None else sum(values) / len(values)
-
-    return Series(series.name, series.x, [mean(at) for at in range(len(series.y))], series.colour)
+    svg: Markup
+    legend: list[Key]
 
 
 def line_chart(
@@ -70,123 +44,105 @@ def line_chart(
     y_label: str,
     marks: Sequence[tuple[float, float, str]] = (),
     noisy: bool = False,
-) -> str:
-    """Lines over common axes; `marks` are (x, y, text) of points to single out. `noisy` lines are drawn faintly, and
-    their `smoothed` form upon them. Empty without a finite value."""
-    series = [thinned(s) for s in series]
-    points = [
-        (x, y)
-        for s in series
-        for x, y in zip(s.x, s.y, strict=True)
-        if y is not None and math.isfinite(x) and math.isfinite(y)
-    ]
-    if not points:
-        return ""
-    x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
-    y_ticks = ticks(min(0.0, *(p[1] for p in points)), max(p[1] for p in points) * 1.02 or 1.0)
-    y_low, y_high = min(y_ticks[0], 0.0), max([y_ticks[-1], *(p[1] for p in points)]) or 1.0
+) -> Chart | None:
+    """Draw lines over common axes; None without a finite value.
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-        up = (y - y_low) / (y_high - y_low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    for tick in y_ticks:
-        _, y = at(x_low, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in ticks(x_low, x_high, 8):
-        x, _ = at(tick, y_low)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>'
-        )
+    `marks` are (x, y, tooltip) of points to single out. `noisy` lines are drawn faintly, and their smoothed form upon
+    them.
+    """
     colours = _colours(series)
-    drawn = [(line, colour, " faint" if noisy else "") for line, colour in zip(series, colours, strict=True)]
-    if noisy:
-        drawn += [(smoothed(line), colour, "") for line, colour, _ in drawn]
-    for line, colour, faint in drawn:
-        for run in _runs(line):
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in run))
-            parts.append(f'<polyline class="line s{colour}{faint}" points="{path}"/>')
-    for x, y, text in marks:
-        across, up = at(x, y)
-        parts.append(
-            f'<circle class="mark" cx="{across:.1f}" cy="{up:.1f}" r="4"><title>{escape(text)}</title></circle>'
-        )
-    parts.append(_axis_names(x_label, y_label, HEIGHT))
-    names = ", ".join(s.name for s in series)
-    keys = dict(zip((s.name for s in series), colours, strict=True))
-    return _figure(parts, HEIGHT, f"{y_label} by {x_label}: {names}", keys)
+    lines = [thinned(with_gaps(line.x), with_gaps(line.y)) for line in series]
+    drawn = [np.isfinite(x) & np.isfinite(y) for x, y in lines]
+    if not any(points.any() for points in drawn):
+        return None
+    values = np.concatenate([y[points] for (_, y), points in zip(lines, drawn, strict=True)])
+    with page_style():
+        axes = _axes(HEIGHT, "y")
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=_from_zero(values))
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=ROUND_STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
+        for (x, y), name in zip(lines, colours, strict=True):
+            if noisy:
+                _line(axes, x, y, name, "faint", linewidth=1, alpha=0.25)
+        for (x, y), name in zip(lines, colours, strict=True):
+            _line(axes, x, smoothed(y) if noisy else y, name, "line")
+        axes.margins(x=0)
+        for x, y, tooltip in marks:
+            _mark(axes, x, y, tooltip)
+        names = ", ".join(line.name for line in series)
+        svg = inline_svg(axes.figure, f"{y_label} by {x_label}: {names}")
+    return Chart(svg, _legend(series))
 
 
-def _runs(series: Series) -> list[list[tuple[float, float]]]:
-    """The stretches of a line between its gaps."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for x, y in zip(series.x, series.y, strict=True):
-        if y is None or not math.isfinite(y):
-            runs.append([])
-        else:
-            runs[-1].append((x, y))
-    return [run for run in runs if run]
+def bar_chart(
+    groups: Sequence[str], series: Sequence[Series], x_label: str, highest: float = 100.0
+) -> Chart | None:
+    """Draw horizontal bars from 0 to `highest`, for each of `groups` a bar of each series; None if there are none.
 
-
-def bar_chart(groups: Sequence[str], series: Sequence[Series], x_label: str, highest: float = 100.0) -> str:
-    """Horizontal bars, a group of one bar a series for each of `groups`, from 0 to `highest`. `Series.y` holds a value
-    a group."""
+    `Series.y` holds a value a group.
+    """
     if not groups or not series:
-        return ""
-    thick, left = 9, 104
-    pitch = len(series) * (thick + 2) + 10
-    height = TOP + pitch * len(groups) + BOTTOM
-    scale = (WIDTH - left - 48) / highest
-    parts, colours = [], _colours(series)
-    for tick in ticks(0, highest):
-        x = left + tick * scale
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>'
-        )
-    for row, group in enumerate(groups):
-        top = TOP + row * pitch + 5
-        middle = top + len(series) * (thick + 2) / 2 + 3
-        parts.append(
-            f'<text class="name" x="{left - 10}" y="{middle:.1f}" text-anchor="end">{escape(group)}</text>'
-        )
-        for number, (bars, colour) in enumerate(zip(series, colours, strict=True)):
-            value = bars.y[row]
-            if value is None:
-                continue
-            y = top + number * (thick + 2)
-            title = f"<title>{escape(group)}, {escape(bars.name)}: {value:.1f}</title>"
-            parts.append(
-                f'<rect class="bar s{colour}" x="{left}" y="{y}" width="{max(value * scale, 0.5):.1f}" '
-                f'height="{thick}" rx="2">{title}</rect>'
-                f'<text class="value" x="{left + value * scale + 5:.1f}" y="{y + thick - 1}">{value:.0f}</text>'
-            )
-    parts.append(_axis_names(x_label, "", height))
-    keys = dict(zip((bars.name for bars in series), colours, strict=True))
-    return _figure(parts, height, f"{x_label} by class", keys)
+        return None
+    pitch = len(series) * (BAR + BETWEEN_BARS) + BETWEEN_GROUPS
+    with page_style():
+        axes = _axes(pitch * len(groups) + AROUND_BARS, "x")
+        axes.set(xlabel=x_label, xlim=(0, 1.05 * highest), ylim=(pitch * len(groups), 0))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=ROUND_STEPS))
+        middles = pitch * (np.arange(len(groups)) + 0.5)
+        axes.set_yticks(middles, groups, color=colour("ink"))
+        for number, (bars, name) in enumerate(zip(series, _colours(series), strict=True)):
+            lengths = with_gaps(bars.y)
+            known = np.flatnonzero(np.isfinite(lengths))
+            places = middles[known] + (number - (len(series) - 1) / 2) * (BAR + BETWEEN_BARS)
+            # A sliver shows that a class is at 0, and not left out.
+            shown = np.maximum(lengths[known], 1e-3 * highest)
+            drawn = axes.barh(places, shown, BAR, color=colour(name))
+            for group, bar in zip(known, drawn, strict=True):
+                named(bar, "bar", f"{groups[group]}, {bars.name}: {lengths[group]:.1f}")
+            texts = [f"{length:.0f}" for length in lengths[known]]
+            for text in axes.bar_label(drawn, texts, padding=5, fontsize=10, color=colour("soft")):
+                named(text, "value")
+        svg = inline_svg(axes.figure, f"{x_label} by class")
+    return Chart(svg, _legend(series))
 
 
-def _axis_names(x_label: str, y_label: str, height: int) -> str:
-    middle = (TOP + height - BOTTOM) / 2
-    text = f'<text class="axis" x="{(LEFT + WIDTH) / 2}" y="{height - 6}" text-anchor="middle">{escape(x_label)}</text>'
-    if y_label:
-        text += (
-            f'<text class="axis" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
-            f"{escape(y_label)}</text>"
-        )
-    return text
+def _colours(series: Sequence[Series]) -> list[str]:
+    """Return the name of each one's colour in the style sheet."""
+    numbers = [place if one.colour is None else one.colour for place, one in enumerate(series)]
+    return [SERIES[number % len(SERIES)] for number in numbers]
 
 
-def _figure(parts: Sequence[str], height: int, described: str, named: dict[str, int]) -> str:
-    """The SVG with a legend below it, where there is more than one series."""
-    keys = "".join(
-        f'<li><span class="key k{colour}"></span>{escape(name)}</li>' for name, colour in named.items()
-    )
-    legend = f'<ul class="legend">{keys}</ul>' if len(named) > 1 else ""
-    return (
-        f'<figure class="chart"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(described)}">'
-        f"{''.join(parts)}</svg>{legend}</figure>"
-    )
+def _legend(series: Sequence[Series]) -> list[Key]:
+    """Return the keys, none for a series that is alone."""
+    keys = [Key(one.name, f"var(--{name})") for one, name in zip(series, _colours(series), strict=True)]
+    return keys if len(keys) > 1 else []
+
+
+def _axes(height: float, grid: str) -> Axes:
+    """Return the only axes of a new figure, with a grid across one direction."""
+    axes = Figure(figsize=(WIDTH / POINTS, height / POINTS)).subplots()
+    axes.set_frame_on(False)
+    axes.grid(axis=grid)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    return axes
+
+
+def _from_zero(values: np.ndarray) -> tuple[float, float]:
+    """Return limits that hold the values and 0, with a little room above them."""
+    low, high = min(values.min(), 0.0), values.max()
+    return low, high + (0.02 * (high - low) or 1.0)
+
+
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, name: str, kind: str, **look: float) -> None:
+    (line,) = axes.plot(x, y, color=colour(name), **look)
+    named(line, kind)
+
+
+def _mark(axes: Axes, x: float, y: float, tooltip: str) -> None:
+    """Draw a circle of four units about a point."""
+    here = axes.figure.dpi_scale_trans + ScaledTranslation(x, y, axes.transData)
+    circle = Circle((0, 0), 4 / POINTS, transform=here, facecolor=colour("card"), edgecolor=colour("ink"))
+    circle.set(linewidth=2, zorder=3)
+    named(circle, "mark", tooltip)
+    axes.add_artist(circle)

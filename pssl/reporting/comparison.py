@@ -9,8 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pssl.core.files import write_atomically
-
-PALETTE_MAP = "tab20"
+from pssl.data.palette import colour_labels
 
 
 def draw_comparison(
@@ -32,10 +31,7 @@ def draw_comparison(
     for row, region in enumerate(class_ids or [0]):
         axes[row, 0].imshow(image)
         axes[row, 0].set_title("image" if row == 0 else "", fontsize=9)
-        truth = np.ma.masked_equal(np.where(mask == 255, 255, mask), 255)
-        axes[row, 1].imshow(
-            truth, cmap=PALETTE_MAP, vmin=0, vmax=max(len(classes), 1), interpolation="nearest"
-        )
+        axes[row, 1].imshow(colour_labels(mask), interpolation="nearest")
         name = classes[region - 1] if region else "no class"
         axes[row, 1].set_title(f"ground truth ({name})", fontsize=9)
         for column, (title, maps) in enumerate(panels, start=2):

@@ -1,4 +1,4 @@
-"""What a run left behind, as far as it has come."""
+"""A run as it is found: the files that it left behind, as far as it has come, and its data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from pssl.reporting.charts import Series
-
-LOSSES = ("classification", "rcm", "mam", "seam", "ppc", "total")  # a colour of the style sheet each
+from pssl.config.data import DataConfig
+from pssl.config.mapping import from_dict
+from pssl.core.log import STEP_COLUMNS, Log
+from pssl.data.open import DataFolder, open_data
+from pssl.data.origin import folder_from, splits_from
+from pssl.data.split import Split, open_split
+from pssl.reporting.series import Series
 
 
 @dataclass(frozen=True)
@@ -65,18 +69,20 @@ class RunFiles:
         raise FileNotFoundError(f"{self.root}: expected a pipeline.yaml or config.yaml, found none")
 
     def losses(self, path: Path) -> dict[str, list[Series]]:
-        """The curves of a losses.csv by stage: its losses over its steps."""
+        """The curves of a losses.csv by stage: its losses over its steps, each column in the colour of its place."""
         if not path.is_file():
             return {}
         with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+        names = [name for name in reader.fieldnames or () if name not in STEP_COLUMNS]
         found: dict[str, list[Series]] = {}
         for stage in dict.fromkeys(row["stage"] for row in rows):
             own = [row for row in rows if row["stage"] == stage]
             steps = [float(row["step"]) for row in own]
             curves = [
                 Series(name, steps, [float(row[name]) if row[name] else None for row in own], colour)
-                for colour, name in enumerate(LOSSES)
+                for colour, name in enumerate(names)
                 if any(row[name] for row in own)
             ]
             if len(curves) == 2 and curves[0].y == curves[1].y:  # the total of one term is that term
@@ -91,3 +97,43 @@ class RunFiles:
                 f"{self.root}: expected a folder of pssl.pipeline, pssl.train or pssl.segment, found neither "
                 "metrics.json nor segment.json"
             )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with its data, which must still be there."""
+
+    files: RunFiles
+    folder: DataFolder
+    held: Split
+    """The held-out split."""
+
+    @classmethod
+    def open(cls, root: Path, log: Log) -> Run:
+        """Open the run of a folder; FileNotFoundError where there is none, or no data any more.
+
+        The data are where the stage that made the folder says (:mod:`pssl.data.origin`), else where its configuration
+        does.
+        """
+        files = RunFiles(root)
+        files.require_something()
+        data = from_dict(DataConfig, files.config[1]["data"], str(root))
+        place = files.train if files.metrics is not None else files.segment
+        config, splits = folder_from(place, data.folder), splits_from(place, data.splits)
+        folder = open_data(config)
+        return cls(files, folder, open_split(folder, splits.val_split, config, log))
+
+    @property
+    def split(self) -> str:
+        """The name of the held-out split."""
+        return self.held.name
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Background, then the classes."""
+        return ("background", *self.folder.classes)
+
+    @property
+    def predictions(self) -> Path:
+        """The folder of predictions."""
+        return self.files.segment / "results/VOC2012/Segmentation" / f"comp6_{Path(self.split).stem}_cls"

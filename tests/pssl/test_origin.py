@@ -9,6 +9,7 @@ import yaml
 
 from pssl import cams, evaluate, refine, segment
 from pssl.config.data import FolderConfig, SplitDataConfig, SplitsConfig
+from pssl.data import VOCFolder
 from pssl.data.origin import (
     Origin,
     folder_from,
@@ -95,8 +96,7 @@ def test_stages_follow_one_another_without_being_told(tiny_cams, tmp_path, quiet
 
 def test_cams_of_other_classes_are_refused(tiny_cams, tiny_root, tmp_path, quiet):
     data = shutil.copytree(tiny_root, tmp_path / "data")
-    names = (data / "classes.txt").read_text().split()
-    (data / "classes.txt").write_text("\n".join(reversed(names)))
+    (data / "classes.txt").write_text("\n".join(reversed(VOCFolder(data).classes)))
     for job, config in (
         (evaluate.run, evaluate.EvaluateConfig(cams=tiny_cams.train, data=FolderConfig(root=data))),
         (

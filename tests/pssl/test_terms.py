@@ -85,7 +85,7 @@ def test_a_term_of_a_test(tiny_root, tmp_path):
 
 
 def test_the_tables_agree():
-    assert set(TERMS) == set(known_terms()) and list(TERMS)[0] == "classification"
+    assert set(TERMS) == set(known_terms()) and next(iter(TERMS)) == "classification"
     assert all(hasattr(MethodConfig(), name) for name in TERMS)
     assert terms_of("ppc") == ("classification", "seam", "ppc") and set(ARMS["rcm+mam"]) == {"rcm", "mam"}
     with pytest.raises(ValueError, match="term 'rcm' is registered twice"):

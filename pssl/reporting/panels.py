@@ -1,0 +1,93 @@
+"""Images of a report: those that are predicted worst and best, beside what each stage made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pssl.core.threads import over_images
+from pssl.data.voc import read_label_png
+from pssl.method.pseudo_labels import best_regions, label_scores
+from pssl.models.cam_files import read_cams
+from pssl.reporting import pictures
+from pssl.reporting.charts import Key
+from pssl.reporting.run_files import Run
+from pssl.scoring.scoring import confusion, iou
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with its caption; `sharp`: its pixels are to stay visible when it grows."""
+
+    caption: str
+    uri: str
+    sharp: bool
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The pictures of one image."""
+
+    image_id: str
+    note: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The colours of the regions, and panels under their headings."""
+
+    legend: list[Key]
+    groups: dict[str, list[Panel]]
+
+
+def images(run: Run, most: int) -> Images | None:
+    """Return up to `most` of the images that are predicted worst, and of those that are predicted best."""
+    order = sorted((score, image_id) for image_id, score in _scores(run).items() if not np.isnan(score))
+    if not order or not most:
+        return None
+    count = min(most, len(order) // 2 or 1)
+    chosen = {"Worst": order[:count]}
+    if len(order) > 1:
+        chosen["Best"] = order[len(order) - count :][::-1]
+    colours = [Key(name, pictures.colour_of(region)) for region, name in enumerate(run.regions)]
+    return Images(
+        [*colours, Key("not counted", pictures.colour_of(255))],
+        {
+            heading: [_panel(run, image_id, score) for score, image_id in group]
+            for heading, group in chosen.items()
+        },
+    )
+
+
+def _scores(run: Run) -> dict[str, float]:
+    """Return mIoU of each held-out image's prediction, over the regions that it has or is given; {} without any."""
+    ids = [i for i in run.held.scored if (run.predictions / f"{i}.png").is_file()]
+
+    def score(image_id: str) -> float:
+        label = read_label_png(run.predictions / f"{image_id}.png", len(run.folder.classes))
+        counts = confusion(label, run.folder.mask(image_id), len(run.regions))
+        return float(100 * iou(counts[None]).nanmean())
+
+    return dict(zip(ids, over_images(score, ids), strict=True)) if ids else {}
+
+
+def _panel(run: Run, image_id: str, miou: float) -> Panel:
+    """Return image | CAM | region mask | pseudo label | prediction | ground truth, those that there are."""
+    image, truth = run.folder.image(image_id), run.folder.mask(image_id)
+    shown = [Picture("image", pictures.photo(image), False)]
+    cams, labels = run.files.root / "cams/val", run.files.root / "labels/val"
+    chosen = run.files.score("cams_val")
+    if chosen is not None and (cams / f"{image_id}.npz").is_file():
+        maps, class_ids = read_cams(cams, image_id)
+        mask = best_regions(*label_scores(maps, class_ids, chosen["threshold"])).numpy()
+        shown.append(Picture("CAM", pictures.heat(image, maps.numpy()), False))
+        shown.append(Picture("region mask", pictures.labels(mask), True))
+    for caption, folder in (("pseudo label", labels), ("prediction", run.predictions)):
+        if (folder / f"{image_id}.png").is_file():
+            label = read_label_png(folder / f"{image_id}.png", len(run.folder.classes))
+            shown.append(Picture(caption, pictures.labels(label), True))
+    shown.append(Picture("ground truth", pictures.labels(truth), True))
+    names = ", ".join(run.regions[r] for r in np.unique(truth) if 0 < r < 255) or "no class"
+    return Panel(image_id, f"{names}; mIoU of the prediction {miou:.1f}", shown)
