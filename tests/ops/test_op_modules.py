@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pssl_ext import nn as pssl_nn
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 from pssl_ext.testing import samples
 
 MODULES = {
