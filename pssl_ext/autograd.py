@@ -41,7 +41,8 @@ def formula(
     ``op`` where a gradient is recorded: it returns a tensor more, for ``op_backward``, which takes it behind the
     outputs' gradients.
     """
-    tape = _Tape(kinds, differentiable)
+    tape = _Tape(kinds)
+    lists = tape.lists
     recorded = op if op_saving is None else op_saving
 
     def forward(ctx: Any, keyset: Any, args: tuple, *tensors: Any) -> Any:
@@ -58,8 +59,10 @@ def formula(
         wanted = ctx.needs_input_grad[2:]
         results = [None] * len(wanted)
         needs = [True in wanted[spans[i]] for i in differentiable]
-        for i, found in tape.gradients(op_backward, grads, more, args, needs):
-            results[spans[i]] = found if i in tape.lists else (found,)
+        found = tape.gradients(op_backward, grads, more, args, needs)
+        for i, needed, gradient in zip(differentiable, needs, found, strict=False):
+            if needed:
+                results[spans[i]] = gradient if i in lists else (gradient,)
         return (None, None, *results)
 
     name = "".join(map(str.capitalize, op.name().partition("::")[2].split("_")))
@@ -77,15 +80,15 @@ def formula(
 class _Tape:
     """What a forward pass leaves to the backward pass of an operator: its arguments, tensors apart from the rest."""
 
-    def __init__(self, kinds: list[str], differentiable: list[int]) -> None:
+    def __init__(self, kinds: list[str]) -> None:
         self.lists = [i for i, kind in enumerate(kinds) if kind == "Tensor[]"]
         self.slots = [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?", "Tensor[]")]
-        self.differentiable = differentiable
 
     def tensors(self, args: tuple) -> list[Any]:
         found: list[Any] = []
+        lists = self.lists
         for i in self.slots:
-            found.extend(args[i]) if i in self.lists else found.append(args[i])
+            found.extend(args[i]) if i in lists else found.append(args[i])
         return found
 
     def save(self, ctx: Any, args: tuple, tensors: Any) -> None:
@@ -93,39 +96,37 @@ class _Tape:
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         # in a tensor's place how many there are, and the rest as it is
-        rest = list(args)
+        rest, lists = list(args), self.lists
         for i in self.slots:
-            rest[i] = len(args[i]) if i in self.lists else 1
+            rest[i] = len(args[i]) if i in lists else 1
         ctx.rest = rest
 
     def load(self, ctx: Any) -> tuple[list[Any], dict[int, slice], tuple]:
         """Return the arguments, where in the order of `tensors` each one's are, and what was saved beside them."""
         saved = ctx.saved_tensors
-        args, spans, start = list(ctx.rest), {}, 0
+        args, spans, start, lists = list(ctx.rest), {}, 0, self.lists
         for i in self.slots:
             stop = start + args[i]
             spans[i] = slice(start, stop)
-            args[i] = list(saved[start:stop]) if i in self.lists else saved[start]
+            args[i] = list(saved[start:stop]) if i in lists else saved[start]
             start = stop
         return args, spans, saved[start:]
 
     def gradients(
         self, op_backward: Any, grads: tuple, more: tuple, args: list[Any], needs: list[bool]
-    ) -> list[tuple[int, Any]]:
-        """Return the gradients that are needed, each with the argument's index."""
+    ) -> Any:
+        """Return one gradient for each of ``differentiable``; nothing where none is needed or there is none."""
         if True not in needs or all(g is None for g in grads):
-            return []
+            return ()
         found = op_backward(*grads, *more, *args, needs)
-        found = (found,) if len(needs) == 1 else found
-        triples = zip(self.differentiable, needs, found, strict=True)
-        return [(i, gradient) for i, needed, gradient in triples if needed]
+        return (found,) if len(needs) == 1 else found
 
 
 def _register_with_torch(
     library: torch.library.Library, op: Any, op_backward: Any, kinds: list[str], differentiable: list[int]
 ) -> None:
     """Register the gradient by ``torch.library.register_autograd``."""
-    tape = _Tape(kinds, differentiable)
+    tape = _Tape(kinds)
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         tape.save(ctx, inputs, tape.tensors(inputs))
@@ -136,8 +137,10 @@ def _register_with_torch(
         results = [[None] * len(a) if i in tape.lists else None for i, a in enumerate(args)]
         wanted = [ctx.needs_input_grad[i] for i in differentiable]
         needs = [True in w if isinstance(w, (list, tuple)) else w for w in wanted]
-        for i, found in tape.gradients(op_backward, grads, more, args, needs):
-            results[i] = found
+        found = tape.gradients(op_backward, grads, more, args, needs)
+        for i, needed, gradient in zip(differentiable, needs, found, strict=False):
+            if needed:
+                results[i] = gradient
         return tuple(results)
 
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=library)
