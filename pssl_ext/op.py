@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from pssl_ext import autograd, dispatch, fallback
-from pssl_ext.torch_private import is_traced
+from pssl_ext.torch_private import CAN_RUN_BELOW_AUTOGRAD, is_traced
 
 NAMESPACE = "pssl"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -288,7 +288,7 @@ def _register_saving(spec: OpSpec) -> None:
     forward, backward = spec.name + "_saving", spec.name + "_backward_saved"
     _library.define(forward + spec.schema[:-1] + ", Tensor)")
     _library.define(backward + _backward_schema(spec, "Tensor saved, "))
-    if autograd.CAN_RUN_BELOW_AUTOGRAD:
+    if CAN_RUN_BELOW_AUTOGRAD:
         ops = spec.op, _operator(backward)
         _RECORDED[forward] = autograd.formula(
             *ops, spec.kinds, spec.differentiable_indices, _operator(forward)

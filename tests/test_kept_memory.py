@@ -188,6 +188,23 @@ def test_no_more_is_kept_than_asked_for(keep, kept):
     assert int(done.stdout) == kept
 
 
+RESIZED = """
+import torch
+from pssl_ext import prototype_pool
+
+features = torch.randn(1, 32, 192, 192, requires_grad=True)
+prototype_pool(features, torch.zeros(1, 192, 192, dtype=torch.int64), 1)[0].sum().backward()
+features.grad.untyped_storage().resize_(0)
+"""
+
+
+@pytest.mark.parametrize(("keep", "resized"), [("", True), ("0", True), ("64", False)])
+def test_who_asks_for_nothing_gets_ordinary_memory(keep, resized):
+    done = in_new_python(RESIZED, PSSL_KEEP_MIB=keep)
+    assert (done.returncode == 0) == resized, done.stderr
+    assert resized or "not resizable" in done.stderr
+
+
 @pytest.mark.parametrize("keep", ["-1", "much"])
 def test_a_limit_that_is_no_number_fails_the_import(keep):
     done = in_new_python("import pssl_ext", PSSL_KEEP_MIB=keep)
