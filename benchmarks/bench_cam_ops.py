@@ -23,7 +23,7 @@ from scenes import SCALES, blobs, cam_pyramid, generator, image_labels, on
 from torch import Tensor
 
 from pssl_ext import cam_compare, cam_sweep
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 
 C = 21  # PASCAL VOC's classes and background
 VOC = (375, 500)  # the size of its images, mostly

@@ -22,7 +22,7 @@ from scenes import on
 from torch import Tensor
 
 from pssl_ext import dense_crf
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 
 SWEEPS = {"pixels": (64, 128, 256, 512), "classes": (2, 5, 21, 81)}
 

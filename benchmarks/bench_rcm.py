@@ -25,7 +25,7 @@ from scenes import cam_pyramid, generator, image_labels, on, region_mask
 from torch import Tensor
 
 from pssl_ext import cam_regions, prototype_contrast, prototype_pool
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 
 C, D = 21, 256  # PASCAL VOC's classes and background; the method's channels
 SWEEPS = {  # grid side; same grid, since other code cannot go far beyond it

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pssl_ext import pixel_refine, random_walk
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 
 SWEEPS = {"pixels": (32, 64, 128), "classes": (1, 4, 16)}  # pixels: the side
 REFINE = dict(

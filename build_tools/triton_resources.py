@@ -29,6 +29,8 @@ import torch
 from cuda_resources import SPILL_LIMIT, table
 from pssl_backend import ROOT
 
+from pssl_ext.op import OPS
+
 # In the machine code: of Ampere and Ada, of Hopper, of Blackwell.
 MATRIX_INSTRUCTION = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 
@@ -90,20 +92,22 @@ def calls(classes: int) -> Iterator[tuple[str, str, tuple]]:
     for dtype, size in [(d, s) for d in (torch.bfloat16, torch.float32) for s in (56, 448)]:
         features = empty(2, 256, 56, 56, dtype=dtype)
         labels = empty(2, size, size, dtype=torch.int64)
-        pool = (features, labels, classes, None, True, 255, False, 1e-12)
+        pool = OPS["prototype_pool"].arguments(features, labels, classes, None, True, 255, False, 1e-12)
         sums = (empty(2, classes, 256), empty(2, classes))
-        yield "prototype_pool", "forward", pool
-        yield "prototype_pool", "backward", (*sums, *pool, [True, False, False])
-        contrast = (features, empty(classes, 256), labels, empty(), None, None, 255, False, 1e-12)
-        yield "prototype_contrast", "forward", contrast
-        yield "prototype_contrast", "backward", (empty(2, size, size), None, *contrast, [True] * 3 + [False])
+        yield "prototype_pool", "forward", (pool,)
+        yield "prototype_pool", "backward", (*sums, pool, [True, False, False])
+        contrast = OPS["prototype_contrast"].arguments(
+            features, empty(classes, 256), labels, empty(), None, None, 255, False, 1e-12
+        )
+        yield "prototype_contrast", "forward", (contrast,)
+        yield "prototype_contrast", "backward", (empty(2, size, size), None, contrast, [True] * 3 + [False])
     if classes == CLASSES[80][0]:  # its tiles depend on the number of maps: the method's three and four
         for dtype in (torch.bfloat16, torch.float32):
             main = [empty(2, 20, n, n, dtype=dtype) for n in (28, 56, 112)]
             support = [empty(2, 20, n, n, dtype=dtype) for n in (28, 56, 84, 112)]
-            compare = (main, support, empty(2, 20), 56, 56, True)
-            yield "cam_compare", "forward", compare
-            yield "cam_compare", "backward", (empty(2, 20), *compare, [True, False])
+            compare = OPS["cam_compare"].arguments(main, support, empty(2, 20), 56, 56, True)
+            yield "cam_compare", "forward", (compare,)
+            yield "cam_compare", "backward", (empty(2, 20), compare, [True, False])
 
 
 def launches(classes: int) -> list[Launch]:

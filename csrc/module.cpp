@@ -1,5 +1,5 @@
 // The importable module pssl_ext._C. Loading it registers the kernels, because the operators' objects are linked into
-// the same library; the only function it offers tells how it was built.
+// the same library; its functions tell how it was built and govern what memory it keeps.
 //
 // No header of torch's in this file: 2.11 refuses pybind11 beside its stable ABI (see module_flags in build_tools/native.py).
 #include <pybind11/pybind11.h>
@@ -66,9 +66,10 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   // a wrong PSSL_SIMD or PSSL_KEEP_MIB fails the import, with the reason
   pssl::simd_level();
-  pssl::kept_limit();
+  pssl::keep_from_environment();
   m.doc() = "Native kernels of pssl_ext; importing this registers them with torch.";
   m.def("build_info", &build_info, "How this library was built and what it uses on this machine, as a dict.");
+  m.def("keep_memory", &pssl::keep_memory, "Keeps at most this many MiB of freed results from now on.");
   m.def("release_memory", &pssl::release_kept,
         "Gives kept memory back to the system; returns how many bytes.");
 }

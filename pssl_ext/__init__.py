@@ -6,7 +6,9 @@ Every operator has a plain PyTorch reference (its specification) and compiled ke
 which of them runs, ``python -m pssl_ext.env`` what was built.
 """
 
-from pssl_ext.backends import explain, load_native, release_memory
+from pssl_ext.dispatch import load_native
+from pssl_ext.memory import keep_memory, release_memory
+from pssl_ext.op import explain
 from pssl_ext.ops.cam_compare import cam_compare
 from pssl_ext.ops.cam_regions import cam_regions
 from pssl_ext.ops.cam_sweep import cam_sweep
@@ -24,6 +26,7 @@ __all__ = [
     "cam_sweep",
     "dense_crf",
     "explain",
+    "keep_memory",
     "pixel_refine",
     "prototype_contrast",
     "prototype_pool",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pssl_ext import backends, registry
+from pssl_ext.op import OPS, explain
 
 RECORD = Path(__file__).with_name("_build.json")
 VARIABLES = re.compile(
@@ -84,10 +84,7 @@ def collect() -> dict[str, Any]:
         "gpus": gpus(),
         "extension": extension(),
         "build": build_record(),
-        "ops": {
-            name: {device: backends.explain(name, device) for device in ("cpu", "cuda")}
-            for name in registry.OPS
-        },
+        "ops": {name: {device: explain(name, device) for device in ("cpu", "cuda")} for name in OPS},
         "environment": {
             name: value for name, value in sorted(os.environ.items()) if VARIABLES.fullmatch(name)
         },

@@ -1,9 +1,10 @@
-"""Module forms of the operators: settings in the constructor, tensors in ``forward``, under the operators'
-names."""
+"""Module forms of the operators, made from their functions: tensors in ``forward``, settings in the constructor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,16 +26,21 @@ __all__ = [
     "RandomWalk",
 ]
 
+_SELF = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
 
 class _Operator(nn.Module):
     """Keeps the settings that an operator is called with, and prints them."""
 
-    def __init__(self, **settings: object) -> None:
+    _names: tuple[str, ...] = ()
+
+    def __init__(self, settings: dict[str, object]) -> None:
         super().__init__()
-        self._names = tuple(settings)
         for name, value in settings.items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
+            elif isinstance(value, Sequence) and not isinstance(value, str):
+                setattr(self, name, tuple(value))  # a list would be the caller's, to change later
             else:
                 setattr(self, name, value)
 
@@ -46,176 +52,52 @@ class _Operator(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-class PrototypePool(_Operator):
-    """``prototype_pool``: (features [B,D,h,w], regions [B,H,W] or [B,C,H,W]) to (sums [B,C,D], mass
-    [B,C])."""
-
-    def __init__(
-        self,
-        num_regions: int,
-        *,
-        normalize: bool = True,
-        ignore_index: int = 255,
-        align_corners: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            num_regions=num_regions,
-            normalize=normalize,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
-            backend=backend,
-        )
-
-    def forward(
-        self,
-        features: Tensor,  # [B,D,h,w]
-        regions: Tensor,  # [B,H,W] integer labels, or [B,C,H,W] soft masks
-        *,
-        weights: Tensor | None = None,  # [B,H,W]
-    ) -> tuple[Tensor, Tensor]:  # sums [B,C,D], mass [B,C]
-        return prototype_pool(features, regions, weights=weights, **self.settings())
+def _in_forward(parameter: inspect.Parameter) -> bool:
+    """Tell whether an argument changes from call to call: tensors, but for numbers that may be tensors, and sizes."""
+    return parameter.name == "size" or (
+        "Tensor" in parameter.annotation and "float" not in parameter.annotation
+    )
 
 
-class PrototypeContrast(_Operator):
-    """``prototype_contrast`` as a loss. A ``temperature`` that is an ``nn.Parameter`` is learned, another
-    tensor is a buffer."""
+def _module(function: Callable) -> Any:
+    """Make the module form of ``function``: a class of its name in capitals, with its arguments and defaults."""
+    name = "".join(map(str.capitalize, function.__name__.split("_")))
+    signature = inspect.signature(function)
+    given = [p for p in signature.parameters.values() if _in_forward(p)]
+    kept = [p for p in signature.parameters.values() if not _in_forward(p)]
+    constructor = inspect.Signature([_SELF, *kept], return_annotation="None")
 
-    def __init__(
-        self,
-        *,
-        temperature: float | Tensor = 0.5,
-        ignore_index: int = 255,
-        align_corners: bool = False,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
-            reduction=reduction,
-            backend=backend,
-        )
+    def __init__(self: _Operator, *args: Any, **settings: Any) -> None:
+        try:
+            bound = constructor.bind(self, *args, **settings)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}; its settings are {', '.join(self._names)}") from None
+        bound.apply_defaults()
+        _Operator.__init__(self, {n: v for n, v in bound.arguments.items() if n != "self"})
 
-    def forward(
-        self,
-        features: Tensor,  # [B,D,h,w]
-        prototypes: Tensor,  # [C,D] or [B,C,D]
-        regions: Tensor,  # [B,H,W]
-        *,
-        valid: Tensor | None = None,  # [C] or [B,C] bool
-        weights: Tensor | None = None,  # [B,H,W]
-    ) -> Tensor:  # [], or [B,H,W] for reduction="none"
-        return prototype_contrast(
-            features, prototypes, regions, valid=valid, weights=weights, **self.settings()
-        )
+    def forward(self: _Operator, *args: Any, **tensors: Any) -> Any:
+        return function(*args, **tensors, **self.settings())
 
-
-class CamCompare(_Operator):
-    """``cam_compare`` as a loss between MainNet's and SupportNet's multi-scale CAMs."""
-
-    def __init__(self, *, attention: str = "cosine", reduction: str = "mean", backend: str = "auto") -> None:
-        super().__init__(attention=attention, reduction=reduction, backend=backend)
-
-    def forward(
-        self,
-        main: Sequence[Tensor],  # S of [B,K,h_s,w_s]
-        support: Sequence[Tensor],  # T of [B,K,h_t,w_t]
-        image_labels: Tensor,  # [B,K]
-        *,
-        size: tuple[int, int],
-    ) -> Tensor:  # [], or [B,K] for reduction="none"
-        return cam_compare(main, support, image_labels, size=size, **self.settings())
+    __init__.__signature__ = constructor
+    __init__.__doc__ = "Keep the settings. A tensor is a buffer, an ``nn.Parameter`` is learned."
+    forward.__signature__ = signature.replace(parameters=[_SELF, *given])
+    forward.__doc__ = f"Call ``{function.__name__}`` on these arguments with the module's settings."
+    doc = f"Module form of ``{function.__name__}``: settings in the constructor, tensors in ``forward``."
+    members = dict(
+        __init__=__init__,
+        forward=forward,
+        __doc__=f"{doc}\n\n{inspect.getdoc(function)}",
+        _names=tuple(p.name for p in kept),
+    )
+    for method in (__init__, forward):
+        method.__qualname__ = f"{name}.{method.__name__}"
+    return type(name, (_Operator,), members)
 
 
-class CamRegions(_Operator):
-    """``cam_regions``: multi-scale CAMs to a class region mask."""
-
-    def __init__(
-        self,
-        *,
-        foreground: float = 0.3,
-        background: float | None = None,
-        ignore_index: int = 255,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            foreground=foreground, background=background, ignore_index=ignore_index, backend=backend
-        )
-
-    def forward(
-        self,
-        cams: Sequence[Tensor],  # T of [B,K,h_t,w_t]
-        image_labels: Tensor,  # [B,K]
-        *,
-        size: tuple[int, int],
-    ) -> Tensor:  # uint8 [B,H,W]
-        return cam_regions(cams, image_labels, size=size, **self.settings())
-
-
-class RandomWalk(_Operator):
-    """``random_walk``: CAMs of one image spread along an edge map's or a feature map's affinities."""
-
-    def __init__(
-        self, *, radius: int = 5, beta: float = 10.0, log2_steps: int = 8, backend: str = "auto"
-    ) -> None:
-        super().__init__(radius=radius, beta=beta, log2_steps=log2_steps, backend=backend)
-
-    def forward(
-        self,
-        cams: Tensor,  # [k,h,w]
-        edge: Tensor | None = None,  # [h,w]
-        *,
-        features: Tensor | None = None,  # [D,h,w]
-    ) -> Tensor:  # [k,h,w]
-        return random_walk(cams, edge, features=features, **self.settings())
-
-
-class PixelRefine(_Operator):
-    """``pixel_refine``: masks that follow the colours of the image (PAR)."""
-
-    def __init__(
-        self,
-        *,
-        dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),
-        iterations: int = 10,
-        colour_scale: float = 0.3,
-        position_weight: float = 0.01,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            dilations=tuple(dilations),
-            iterations=iterations,
-            colour_scale=colour_scale,
-            position_weight=position_weight,
-            backend=backend,
-        )
-
-    def forward(
-        self,
-        images: Tensor,  # [B,3,H,W]
-        masks: Tensor,  # [B,k,h,w]
-    ) -> Tensor:  # [B,k,H,W]
-        return pixel_refine(images, masks, **self.settings())
-
-
-class DenseCrf(_Operator):
-    """``dense_crf``: class probabilities refined by the image's colours."""
-
-    def __init__(
-        self,
-        *,
-        iterations: int = 10,
-        gaussian: tuple[float, float] = (3.0, 3.0),
-        bilateral: tuple[float, float, float] = (80.0, 13.0, 10.0),
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(iterations=iterations, gaussian=gaussian, bilateral=bilateral, backend=backend)
-
-    def forward(
-        self,
-        images: Tensor,  # uint8 [B,3,H,W]
-        probabilities: Tensor,  # [B,C,H,W]
-    ) -> Tensor:  # [B,C,H,W]
-        return dense_crf(images, probabilities, **self.settings())
+CamCompare = _module(cam_compare)
+CamRegions = _module(cam_regions)
+DenseCrf = _module(dense_crf)
+PixelRefine = _module(pixel_refine)
+PrototypeContrast = _module(prototype_contrast)
+PrototypePool = _module(prototype_pool)
+RandomWalk = _module(random_walk)

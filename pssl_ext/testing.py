@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from pssl_ext.op import OPS, Approximation, OpSpec, Sample
 from pssl_ext.ops._reference import accumulation_dtype
-from pssl_ext.registry import OPS, Approximation, OpSpec, Sample
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

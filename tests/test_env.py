@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from pssl_ext import env, registry
+from pssl_ext import env, op
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +20,13 @@ def test_json_is_the_report(capsys):
     env.main(["--json"])
     report = json.loads(capsys.readouterr().out)
     assert report["torch"]["version"] == torch.__version__
-    assert set(report["ops"]) == set(registry.OPS)
+    assert set(report["ops"]) == set(op.OPS)
     assert all(set(texts) == {"cpu", "cuda"} for texts in report["ops"].values())
 
 
 def test_text_names_everything(report):
     text = env.render(report)
-    for expected in ("Machine", "PyTorch", torch.__version__, "Native code", *registry.OPS):
+    for expected in ("Machine", "PyTorch", torch.__version__, "Native code", *op.OPS):
         assert expected in text
 
 

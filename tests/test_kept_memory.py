@@ -1,4 +1,5 @@
-"""Large results on the CPU lie in memory that is kept from one to the next (csrc/common/kept_memory.h)."""
+"""Large results on the CPU lie in ordinary memory; where it is asked for, in memory that is kept from one to the next
+(csrc/common/kept_memory.h)."""
 
 import sys
 import threading
@@ -7,7 +8,7 @@ import pytest
 import torch
 from new_python import in_new_python
 
-from pssl_ext import prototype_contrast, prototype_pool, release_memory
+from pssl_ext import keep_memory, prototype_contrast, prototype_pool, release_memory
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or "pssl_ext._C" not in sys.modules,
@@ -20,8 +21,12 @@ MIB = 2**20
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept():
+def memory_is_kept():
+    """And nothing of another test's."""
     release_memory()
+    keep_memory(1024)
+    yield
+    keep_memory(0)
 
 
 def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,6 +112,61 @@ def test_threads_at_once():
     assert not wrong
 
 
+def freed_by_resizing(tensor: torch.Tensor) -> bool:
+    """Whether code that frees a tensor's memory after the forward pass can."""
+    try:
+        tensor.untyped_storage().resize_(0)
+    except RuntimeError as error:
+        assert "not resizable" in str(error)
+        return False
+    return tensor.untyped_storage().nbytes() == 0
+
+
+@pytest.mark.parametrize("function", [gradient, pool_gradient])
+def test_by_default_storages_are_resized(function):
+    keep_memory(0)
+    found = function(*inputs())
+    assert freed_by_resizing(found)
+    del found
+    assert release_memory() == 0
+
+
+def test_what_is_kept_is_not_resized():
+    found = gradient(*inputs())
+    assert not freed_by_resizing(found)
+    assert found.isfinite().all()
+
+
+def test_results_above_the_limit_are_ordinary():
+    keep_memory(4)
+    found = gradient(*inputs())  # 4.5 MiB
+    assert freed_by_resizing(found)
+
+
+def test_switched_off_it_gives_back_what_is_free_and_then_the_rest():
+    used, freed = gradient(*inputs(0)), gradient(*inputs(1))
+    copy = used.clone()
+    del freed
+    keep_memory(0)
+    assert release_memory() == 0
+    assert torch.equal(used, copy)
+    del used
+    assert release_memory() == 0
+
+
+def test_a_smaller_limit_gives_back_the_oldest():
+    results = [gradient(*inputs(seed)) for seed in range(3)]  # 6 MiB each, in huge pages
+    results.clear()
+    keep_memory(13)
+    assert release_memory() == 12 * MIB
+
+
+@pytest.mark.parametrize("mib", [-1, 10**9, 1.5, "64", True, None])
+def test_a_limit_is_an_integer(mib):
+    with pytest.raises(ValueError, match=r"keep_memory: mib must be an integer from 0 to 999999999, got "):
+        keep_memory(mib)
+
+
 FREED = """
 import torch
 from pssl_ext import prototype_pool, release_memory
@@ -120,12 +180,29 @@ print(release_memory() >> 20)
 """
 
 
-@pytest.mark.parametrize(("keep", "kept"), [("0", 0), ("6", 6), ("10", 6), ("", 16)])
+@pytest.mark.parametrize(("keep", "kept"), [("0", 0), ("6", 6), ("10", 6), ("1024", 16), ("", 0)])
 def test_no_more_is_kept_than_asked_for(keep, kept):
-    """Blocks of 6, 10 and 6 MiB: the oldest goes where there is no room for both."""
+    """Blocks of 6, 10 and 6 MiB: the oldest goes where there is no room for both. Without a limit nothing is kept."""
     done = in_new_python(FREED, PSSL_KEEP_MIB=keep)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == kept
+
+
+RESIZED = """
+import torch
+from pssl_ext import prototype_pool
+
+features = torch.randn(1, 32, 192, 192, requires_grad=True)
+prototype_pool(features, torch.zeros(1, 192, 192, dtype=torch.int64), 1)[0].sum().backward()
+features.grad.untyped_storage().resize_(0)
+"""
+
+
+@pytest.mark.parametrize(("keep", "resized"), [("", True), ("0", True), ("64", False)])
+def test_who_asks_for_nothing_gets_ordinary_memory(keep, resized):
+    done = in_new_python(RESIZED, PSSL_KEEP_MIB=keep)
+    assert (done.returncode == 0) == resized, done.stderr
+    assert resized or "not resizable" in done.stderr
 
 
 @pytest.mark.parametrize("keep", ["-1", "much"])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import pssl_ext
-from pssl_ext import backends
+from pssl_ext import dispatch
+from pssl_ext.op import OPS
 
 Provider = Callable[..., Tensor]
 
@@ -109,9 +110,9 @@ class Lineup:
     def own(self, op: str, device: str | torch.device, make: Callable[[str], Provider]) -> str:
         """Adds ``make(backend)`` for each backend of ``op`` that runs there, the chosen one last; returns its name."""
         chosen = chosen_backend(op, device)
-        others = [b for b in backends.BACKENDS if b not in ("auto", "reference", chosen)]
+        others = [b for b in dispatch.BACKENDS if b not in ("auto", "reference", chosen)]
         for backend in others:
-            self.add(backend, make(backend), backends.why_not(op, backend, device))
+            self.add(backend, make(backend), dispatch.why_not(OPS[op], backend, device))
         self.add(chosen, make(chosen))
         return chosen
 

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <optional>
@@ -14,27 +15,12 @@
 namespace pssl {
 namespace {
 
-constexpr int64_t kDefaultMiB = 1024;
-
-std::string requested() {
-  const char* text = std::getenv("PSSL_KEEP_MIB");
-  return text ? text : "";
-}
-
-// Nothing where PSSL_KEEP_MIB is no number.
-std::optional<int64_t> choose() {
-  const std::string text = requested();
-  if (text.empty()) return kDefaultMiB << 20;
-  if (text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos) return std::nullopt;
-  return std::stoll(text) << 20;
-}
-
-const std::optional<int64_t>& chosen() {
-  static const std::optional<int64_t> limit = choose();
-  return limit;
-}
+// Bytes that are to be kept at most.
+std::atomic<int64_t> limit{0};
 
 #if defined(__linux__)
+
+void unmap(KeptBlock block) noexcept { munmap(block.memory, size_t(block.bytes)); }
 
 struct Kept {
   std::mutex mutex;
@@ -44,6 +30,13 @@ struct Kept {
   void drop(size_t i) {
     bytes -= blocks[i].bytes;
     blocks.erase(blocks.begin() + std::ptrdiff_t(i));
+  }
+  // Unmaps the oldest until no more than `most` bytes are left.
+  void shrink(int64_t most) noexcept {
+    while (bytes > most) {
+      unmap(blocks[0]);
+      drop(0);
+    }
   }
 };
 
@@ -67,17 +60,17 @@ KeptBlock map(int64_t bytes) {
   return {begin + before, bytes};
 }
 
-void unmap(KeptBlock block) noexcept { munmap(block.memory, size_t(block.bytes)); }
-
 #endif
 
 }  // namespace
 
-int64_t kept_limit() {
-  if (!chosen())
-    throw std::invalid_argument("PSSL_KEEP_MIB must be a number of MiB, 0 for none, got '" + requested() +
-                                "'");
-  return *chosen();
+void keep_from_environment() {
+  const char* const value = std::getenv("PSSL_KEEP_MIB");
+  const std::string text = value ? value : "";
+  if (text.empty()) return;
+  if (text.size() > 9 || text.find_first_not_of("0123456789") != std::string::npos)
+    throw std::invalid_argument("PSSL_KEEP_MIB must be a number of MiB, 0 for none, got '" + text + "'");
+  keep_memory(std::stoll(text));
 }
 
 #if defined(__linux__)
@@ -86,6 +79,7 @@ int64_t kept_limit() {
 
 KeptBlock take_block(int64_t bytes) {
   bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  if (bytes > limit.load()) return {};  // it would not be kept, and its tensor could not be resized
   Kept& all = kept();
   if (const std::unique_lock lock(all.mutex, std::try_to_lock); lock) {
     // the smallest that is large enough, if no more than a quarter of it would lie idle
@@ -106,9 +100,9 @@ KeptBlock take_block(int64_t bytes) {
 void give_back(KeptBlock block) noexcept {
   Kept& all = kept();
   const std::unique_lock lock(all.mutex, std::try_to_lock);
-  const int64_t limit = chosen().value_or(0);
-  if (!lock || block.bytes > limit) return unmap(block);
-  for (; all.bytes + block.bytes > limit; all.drop(0)) unmap(all.blocks[0]);
+  const int64_t most = limit.load();
+  if (!lock || block.bytes > most) return unmap(block);
+  all.shrink(most - block.bytes);
   madvise(block.memory, size_t(block.bytes), MADV_FREE);
   try {
     all.blocks.push_back(block);
@@ -122,8 +116,15 @@ int64_t release_kept() {
   Kept& all = kept();
   const std::lock_guard lock(all.mutex);
   const int64_t bytes = all.bytes;
-  while (!all.blocks.empty()) unmap(all.blocks[0]), all.drop(0);
+  all.shrink(0);
   return bytes;
+}
+
+void keep_memory(int64_t mib) {
+  limit.store(mib << 20);
+  Kept& all = kept();
+  const std::lock_guard lock(all.mutex);
+  all.shrink(mib << 20);
 }
 
 #else
@@ -131,6 +132,7 @@ int64_t release_kept() {
 KeptBlock take_block(int64_t) { return {}; }
 void give_back(KeptBlock) noexcept {}
 int64_t release_kept() { return 0; }
+void keep_memory(int64_t mib) { limit.store(mib << 20); }
 
 #endif
 

@@ -133,18 +133,32 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
 #endif
 }
 
-// A new tensor like `t`, which has not been touched yet: where it is large, in memory that is kept. Each huge page is touched
-// beforehand, by one thread: the system clears a page before it looks whether another thread has just brought it in, and the
-// kernels' threads, which write to all channels of neighbouring pixels, would all clear every page.
+// Touches each huge page of `bytes` bytes that are about to be written for the first time, each by one thread: the system
+// clears a page before it looks whether another thread has just brought it in, and the kernels' threads, which write to all
+// channels of neighbouring pixels, would all clear every page.
+inline void touch_huge_pages(void* memory, int64_t bytes) {
+  const int64_t address = int64_t(reinterpret_cast<intptr_t>(memory));
+  const int64_t first = round_up(address, kHugePage) - address;
+  if (first >= bytes) return;
+  char* const data = static_cast<char*>(memory) + first;
+  torch::stable::parallel_for(0, (bytes - first - 1) / kHugePage + 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) data[i * kHugePage] = 0;
+  });
+}
+
+// A new tensor like `t`, which has not been touched yet: where it is large and memory is kept, in a kept block. Otherwise
+// `t` itself, with huge pages where it is large.
 inline Tensor in_kept_memory(Tensor t) {
   const int64_t bytes = t.numel() * int64_t(t.element_size());
-  const KeptBlock block = bytes < kLargeMemory ? KeptBlock{} : take_block(bytes);
-  if (!block.memory) return t;
-  char* const memory = static_cast<char*>(block.memory);
-  torch::stable::parallel_for(0, block.bytes / kHugePage, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) memory[i * kHugePage] = 0;
-  });
-  return torch::stable::from_blob(memory, t.sizes(), t.strides(), t.device(), t.scalar_type(),
+  if (bytes < kLargeMemory) return t;
+  const KeptBlock block = take_block(bytes);
+  if (!block.memory) {
+    prefer_huge_pages(t.mutable_data_ptr(), bytes);
+    touch_huge_pages(t.mutable_data_ptr(), bytes);
+    return t;
+  }
+  touch_huge_pages(block.memory, block.bytes);
+  return torch::stable::from_blob(block.memory, t.sizes(), t.strides(), t.device(), t.scalar_type(),
                                   [block](void*) { give_back(block); });
 }
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pssl_ext import checks
-from pssl_ext.backends import triton_limits
+from pssl_ext.dispatch import triton_limits
+from pssl_ext.op import Sample, call, define_op
 from pssl_ext.ops._reference import accumulation_dtype, resize
 from pssl_ext.ops.cam_regions import _check_cams, present_bytes
-from pssl_ext.registry import Sample, call, define_op
 
 OP = "cam_compare"
 ATTENTIONS = ("none", "cosine")
@@ -47,12 +47,12 @@ def reference(
     return total
 
 
-def _fake(main, support, image_labels, height, width, cosine):
-    return image_labels.new_empty(image_labels.shape, dtype=accumulation_dtype(*main, *support))
+def _fake(a):
+    return a.image_labels.new_empty(a.image_labels.shape, dtype=accumulation_dtype(*a.main, *a.support))
 
 
-def _triton(main, support, image_labels, height, width, cosine) -> str | None:
-    return triton_limits("maps", len(main) + len(support), *main, *support)
+def _triton(a) -> str | None:
+    return triton_limits("maps", len(a.main) + len(a.support), *a.main, *a.support)
 
 
 def _bytes_moved(
@@ -150,7 +150,16 @@ def cam_compare(
     checks.require(reduction in choices, OP, "reduction", "one of " + ", ".join(choices), reduction)
     checks.require_size(OP, "size", size)
     height, width = size
-    sums = call(OP, backend, list(main), list(support), image_labels, height, width, attention == "cosine")
+    sums = call(
+        OP,
+        backend,
+        main=list(main),
+        support=list(support),
+        image_labels=image_labels,
+        height=height,
+        width=width,
+        cosine=attention == "cosine",
+    )
     if reduction == "none":
         return sums
     if reduction == "sum":

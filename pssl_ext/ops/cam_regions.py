@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pssl_ext import checks
+from pssl_ext.op import Sample, call, define_op
 from pssl_ext.ops._reference import accumulation_dtype, resize_stepwise
-from pssl_ext.registry import Sample, call, define_op
 
 OP = "cam_regions"
 EPS = 1e-5  # added to the maximum before dividing, as SEAM and IRN do
@@ -39,8 +39,8 @@ def reference(
     return torch.where(best >= foreground, index + 1, unsure).to(torch.uint8)
 
 
-def _fake(cams, image_labels, height, width, foreground, background, ignore_index):
-    return cams[0].new_empty(cams[0].shape[0], height, width, dtype=torch.uint8)
+def _fake(a):
+    return a.cams[0].new_empty(a.cams[0].shape[0], a.height, a.width, dtype=torch.uint8)
 
 
 def present_bytes(cams: Sequence[Tensor], image_labels: Tensor) -> int:
@@ -134,8 +134,17 @@ def cam_regions(
     )
     checks.require_size(OP, "size", size)
     height, width = size
-    args = (list(cams), image_labels, height, width, float(foreground), float(background), ignore_index)
-    return call(OP, backend, *args)
+    return call(
+        OP,
+        backend,
+        cams=list(cams),
+        image_labels=image_labels,
+        height=height,
+        width=width,
+        foreground=float(foreground),
+        background=float(background),
+        ignore_index=ignore_index,
+    )
 
 
 def _check_cams(op: str, argument: str, cams: Sequence[Tensor], image_labels: Tensor) -> int:

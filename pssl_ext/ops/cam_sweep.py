@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pssl_ext import checks
+from pssl_ext.op import Sample, call, define_op
 from pssl_ext.ops._reference import accumulation_dtype, resize_stepwise
-from pssl_ext.registry import Sample, call, define_op
 
 OP = "cam_sweep"
 EPS = 1e-5  # added to the maximum before dividing, as SEAM and IRN do
@@ -59,21 +59,22 @@ def _best_class(cam: Tensor, ids: Tensor, size: tuple[int, int], normalize: bool
     return best, ids[index]
 
 
-def _fake(cams, class_ids, ground_truth, thresholds, num_regions, normalize, ignore_index):
-    return thresholds.new_empty(thresholds.shape[0], num_regions, num_regions, dtype=torch.int64)
+def _fake(a):
+    return a.thresholds.new_empty(a.thresholds.shape[0], a.num_regions, a.num_regions, dtype=torch.int64)
 
 
-def _check_values(cams, class_ids, ground_truth, thresholds, num_regions, normalize, ignore_index):
-    for i, (ids, truth) in enumerate(zip(class_ids, ground_truth, strict=True)):
-        bad = (ids < 1) | (ids >= num_regions)
+def _check_values(a):
+    last = a.num_regions - 1
+    for i, (ids, truth) in enumerate(zip(a.class_ids, a.ground_truth, strict=True)):
+        bad = (ids < 1) | (ids > last)
         if bool(bad.any()):
             raise ValueError(
-                f"{OP}: class_ids[{i}] must hold region numbers 1..{num_regions - 1}, got {ids[bad][:5].tolist()}"
+                f"{OP}: class_ids[{i}] must hold region numbers 1..{last}, got {ids[bad][:5].tolist()}"
             )
-        bad = (truth != ignore_index) & ((truth < 0) | (truth >= num_regions))
+        bad = (truth != a.ignore_index) & ((truth < 0) | (truth > last))
         if bool(bad.any()):
             raise ValueError(
-                f"{OP}: ground_truth[{i}] must hold labels 0..{num_regions - 1} or ignore_index={ignore_index}, "
+                f"{OP}: ground_truth[{i}] must hold labels 0..{last} or ignore_index={a.ignore_index}, "
                 f"got {torch.unique(truth[bad])[:5].tolist()}"
             )
 
@@ -240,5 +241,14 @@ def cam_sweep(
     dtype = accumulation_dtype(*cams)
     thresholds = _on_device(thresholds, dtype, device)
     checks.require(thresholds.ndim == 1, OP, "thresholds", "[T]", thresholds)
-    args = (list(cams), list(class_ids), list(ground_truth), thresholds, num_regions, normalize, ignore_index)
-    return call(OP, backend, *args)
+    return call(
+        OP,
+        backend,
+        cams=list(cams),
+        class_ids=list(class_ids),
+        ground_truth=list(ground_truth),
+        thresholds=thresholds,
+        num_regions=num_regions,
+        normalize=normalize,
+        ignore_index=ignore_index,
+    )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pssl_ext import backends, checks
+from pssl_ext import checks, dispatch
+from pssl_ext.op import Approximation, Sample, call, define_op
 from pssl_ext.ops._reference import accumulation_dtype
-from pssl_ext.registry import Approximation, Sample, call, define_op
 
 OP = "dense_crf"
 LOWEST = 1e-5  # probability, as pydensecrf's unary_from_softmax clips
@@ -31,7 +31,7 @@ def reference(
     """The pairwise sums over all pairs of pixels."""
     height, width = images.shape[-2:]
     if height * width > MOST_PIXELS:
-        refused = backends.why_not(OP, "native", images.device)
+        refused = dispatch.why_no_native(OP, images.device.type)
         other = (
             "native has no such bound" if refused is None else f"native, which has no such bound: {refused}"
         )
@@ -67,8 +67,8 @@ def _normalised_kernel(features: Tensor) -> Tensor:  # [N,d] -> [N,N]
     return scale[:, None] * kernel * scale
 
 
-def _fake(images, probabilities, *_):
-    return probabilities.new_empty(probabilities.shape, dtype=accumulation_dtype(probabilities))
+def _fake(a):
+    return a.probabilities.new_empty(a.probabilities.shape, dtype=accumulation_dtype(a.probabilities))
 
 
 def _bytes_moved(images: Tensor, probabilities: Tensor, **_) -> tuple[int, int]:
@@ -182,8 +182,20 @@ def dense_crf(
     checks.require(iterations >= 0, OP, "iterations", "at least 0", iterations)
     _check_kernel("gaussian", gaussian, "(sxy, compat)")
     _check_kernel("bilateral", bilateral, "(sxy, srgb, compat)")
-    args = (images, probabilities, iterations, *map(float, gaussian), *map(float, bilateral))
-    return call(OP, backend, *args)
+    gaussian_sxy, gaussian_compat = map(float, gaussian)
+    bilateral_sxy, bilateral_srgb, bilateral_compat = map(float, bilateral)
+    return call(
+        OP,
+        backend,
+        images=images,
+        probabilities=probabilities,
+        iterations=iterations,
+        gaussian_sxy=gaussian_sxy,
+        gaussian_compat=gaussian_compat,
+        bilateral_sxy=bilateral_sxy,
+        bilateral_srgb=bilateral_srgb,
+        bilateral_compat=bilateral_compat,
+    )
 
 
 def _check_kernel(argument: str, given: tuple[float, ...], names: str) -> None:

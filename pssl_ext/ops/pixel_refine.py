@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pssl_ext import checks
+from pssl_ext.op import Sample, call, define_op
 from pssl_ext.ops._reference import accumulation_dtype, resize, shifted
-from pssl_ext.registry import Sample, call, define_op
 
 OP = "pixel_refine"
 EPS = 1e-8  # added to standard deviations, as PAR does
@@ -52,9 +52,9 @@ def position_affinity(offsets: list[tuple[int, int]], scale: float) -> Tensor:  
     return (-((r / (r.std() + EPS) / scale) ** 2)).softmax(0)
 
 
-def _fake(images, masks, dilations, iterations, colour_scale, position_weight):
-    b, _, h, w = images.shape
-    return images.new_empty(b, masks.shape[1], h, w, dtype=accumulation_dtype(images, masks))
+def _fake(a):
+    b, _, h, w = a.images.shape
+    return a.images.new_empty(b, a.masks.shape[1], h, w, dtype=accumulation_dtype(a.images, a.masks))
 
 
 def _bytes_moved(images: Tensor, masks: Tensor, **_) -> tuple[int, int]:
@@ -154,5 +154,13 @@ def pixel_refine(
     checks.require(sound, OP, "dilations", "one or more distances, each at least 1", dilations)
     checks.require(iterations >= 1, OP, "iterations", "at least 1", iterations)
     checks.require(colour_scale > 0, OP, "colour_scale", "greater than 0", colour_scale)
-    args = (images, masks, dilations, iterations, float(colour_scale), float(position_weight))
-    return call(OP, backend, *args)
+    return call(
+        OP,
+        backend,
+        images=images,
+        masks=masks,
+        dilations=dilations,
+        iterations=iterations,
+        colour_scale=float(colour_scale),
+        position_weight=float(position_weight),
+    )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pssl_ext import checks
-from pssl_ext.backends import triton_limits
+from pssl_ext.dispatch import triton_limits
+from pssl_ext.op import Sample, call, define_op
 from pssl_ext.ops._reference import accumulation_dtype, l2_normalize, resize
-from pssl_ext.registry import Sample, call, define_op
 
 OP = "prototype_contrast"
 EPS = 1e-12  # F.normalize's default
@@ -51,31 +51,25 @@ def reference(
     return torch.where(counted, loss * pixel_weights, 0.0), pixel_weights.sum()
 
 
-def _fake(features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps):
-    dtype = accumulation_dtype(features, prototypes)
-    return features.new_empty(regions.shape, dtype=dtype), features.new_empty((), dtype=dtype)
+def _fake(a):
+    dtype = accumulation_dtype(a.features, a.prototypes)
+    return a.features.new_empty(a.regions.shape, dtype=dtype), a.features.new_empty((), dtype=dtype)
 
 
-def _check_values(
-    features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps
-):
-    checks.check_regions(OP, regions, prototypes.shape[-2], ignore_index)
+def _check_values(a):
+    checks.check_regions(OP, a.regions, a.prototypes.shape[-2], a.ignore_index)
 
 
-def _triton(
-    features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps
-) -> str | None:
-    return triton_limits("regions", prototypes.shape[-2], features, prototypes)
+def _triton(a) -> str | None:
+    return triton_limits("regions", a.prototypes.shape[-2], a.features, a.prototypes)
 
 
-def _saves(
-    features, prototypes, regions, temperature, valid, weights, ignore_index, align_corners, eps
-) -> bool:
-    """Whether the products of the pixels with the prototypes, and their squares, are saved for the gradient: on the
-    CPU, on one grid, where they take an eighth of the features' bytes at most."""
-    products = (prototypes.shape[-2] + 1) * accumulation_dtype(features, prototypes).itemsize
-    one_grid = features.device.type == "cpu" and regions.shape[1:] == features.shape[2:]
-    return one_grid and 8 * products <= features.shape[1] * features.element_size()
+def _saves(a) -> bool:
+    """Save the products of the pixels with the prototypes, and their squares, for the gradient: on the CPU, on one
+    grid, where they take an eighth of the features' bytes at most."""
+    products = (a.prototypes.shape[-2] + 1) * accumulation_dtype(a.features, a.prototypes).itemsize
+    one_grid = a.features.device.type == "cpu" and a.regions.shape[1:] == a.features.shape[2:]
+    return one_grid and 8 * products <= a.features.shape[1] * a.features.element_size()
 
 
 def _bytes_moved(
@@ -268,15 +262,15 @@ def prototype_contrast(
     loss, total = call(
         OP,
         backend,
-        features,
-        prototypes,
-        regions,
-        temperature,
-        valid,
-        weights,
-        ignore_index,
-        align_corners,
-        EPS,
+        features=features,
+        prototypes=prototypes,
+        regions=regions,
+        temperature=temperature,
+        valid=valid,
+        weights=weights,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        eps=EPS,
     )
     if reduction == "none":
         return loss

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pssl_ext import checks
-from pssl_ext.backends import triton_limits
+from pssl_ext.dispatch import triton_limits
+from pssl_ext.op import Sample, call, define_op
 from pssl_ext.ops._reference import accumulation_dtype, l2_normalize, resize
-from pssl_ext.registry import Sample, call, define_op
 
 OP = "prototype_pool"
 EPS = 1e-12  # F.normalize's default
@@ -48,21 +48,19 @@ def reference(
     return torch.einsum("bchw,bdhw->bcd", masks, upsampled), masks.sum((2, 3))
 
 
-def _fake(features, regions, num_regions, weights, normalize, ignore_index, align_corners, eps):
-    b, d = features.shape[:2]
-    dtype = accumulation_dtype(features)
-    return features.new_empty(b, num_regions, d, dtype=dtype), features.new_empty(b, num_regions, dtype=dtype)
+def _fake(a):
+    b, d = a.features.shape[:2]
+    new, dtype = a.features.new_empty, accumulation_dtype(a.features)
+    return new(b, a.num_regions, d, dtype=dtype), new(b, a.num_regions, dtype=dtype)
 
 
-def _check_values(features, regions, num_regions, weights, normalize, ignore_index, align_corners, eps):
-    if regions.ndim == 3:
-        checks.check_regions(OP, regions, num_regions, ignore_index)
+def _check_values(a):
+    if a.regions.ndim == 3:
+        checks.check_regions(OP, a.regions, a.num_regions, a.ignore_index)
 
 
-def _triton(
-    features, regions, num_regions, weights, normalize, ignore_index, align_corners, eps
-) -> str | None:
-    return triton_limits("regions", num_regions, features)
+def _triton(a) -> str | None:
+    return triton_limits("regions", a.num_regions, a.features)
 
 
 def _bytes_moved(
@@ -238,5 +236,14 @@ def prototype_pool(
         )
         checks.require_device(OP, "weights", weights, features.device)
     return call(
-        OP, backend, features, regions, num_regions, weights, normalize, ignore_index, align_corners, EPS
+        OP,
+        backend,
+        features=features,
+        regions=regions,
+        num_regions=num_regions,
+        weights=weights,
+        normalize=normalize,
+        ignore_index=ignore_index,
+        align_corners=align_corners,
+        eps=EPS,
     )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pssl_ext import checks
+from pssl_ext.op import Sample, call, define_op
 from pssl_ext.ops._reference import accumulation_dtype, shifted
-from pssl_ext.registry import Sample, call, define_op
 
 OP = "random_walk"
 EDGE_SLACK = 1e-3  # resizing and averaging may leave [0,1] by a rounding; logits leave it by more
@@ -94,16 +94,16 @@ def shrunk_radius(radius: int, height: int, width: int) -> int:
     return (shorter - 1) // 2 if shorter < 2 * radius + 1 else radius
 
 
-def _fake(cams, edge, features, radius, beta, log2_steps):
-    return cams.new_empty(cams.shape, dtype=accumulation_dtype(cams, edge, features))
+def _fake(a):
+    return a.cams.new_empty(a.cams.shape, dtype=accumulation_dtype(a.cams, a.edge, a.features))
 
 
-def _check_values(cams, edge, features, radius, beta, log2_steps):
-    if edge is not None:
+def _check_values(a):
+    if a.edge is not None:
         # not (in range) rather than (out of range): NaN is in no range
-        bad = ~((edge >= -EDGE_SLACK) & (edge <= 1 + EDGE_SLACK))
+        bad = ~((a.edge >= -EDGE_SLACK) & (a.edge <= 1 + EDGE_SLACK))
         if bool(bad.any()):
-            raise ValueError(f"{OP}: edge must hold values in 0..1, got {edge[bad][:1].tolist()}")
+            raise ValueError(f"{OP}: edge must hold values in 0..1, got {a.edge[bad][:1].tolist()}")
 
 
 def _bytes_moved(cams: Tensor, edge: Tensor | None = None, *, features: Tensor | None = None, **_):
@@ -209,4 +209,13 @@ def random_walk(
     checks.require(radius >= 1, OP, "radius", "at least 1", radius)
     checks.require(beta > 0, OP, "beta", "greater than 0", beta)
     checks.require(0 <= log2_steps <= 30, OP, "log2_steps", "in 0..30", log2_steps)
-    return call(OP, backend, cams, edge, features, radius, float(beta), log2_steps)
+    return call(
+        OP,
+        backend,
+        cams=cams,
+        edge=edge,
+        features=features,
+        radius=radius,
+        beta=float(beta),
+        log2_steps=log2_steps,
+    )

@@ -1,5 +1,6 @@
-"""Triton kernels of the operators, for GPUs: one module an operator, with ``forward`` and ``backward`` for the schemas
-of ``pssl_ext.registry``. Imported when one of them is called first; nothing is tuned or compiled before.
+"""Triton kernels of the operators, for GPUs: one module an operator, with ``forward(a)`` and
+``backward(*grads, a, needs)`` for the bound arguments a of its schema (``OpSpec.arguments`` in ``pssl_ext/op.py``).
+Imported when one of them is called first; nothing is tuned or compiled before.
 
 ``launch``      how a kernel is called, and how tensors come to it
 ``arithmetic``  products of float32's accuracy on matrix units, norms

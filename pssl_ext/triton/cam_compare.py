@@ -10,6 +10,8 @@ support ones S, as rows V [maps,pixels]; with W [maps,maps] the share of each su
     gradient  of a map's cells, gathering over the pixels that touch them
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -197,21 +199,19 @@ def weight_of(out, cell, n, size):
 class _Problem:
     """The maps of both sides as kernels take them, and the products that the attention is made of."""
 
-    def __init__(
-        self, main: list[Tensor], support: list[Tensor], labels: Tensor, height: int, width: int, cosine: bool
-    ) -> None:
-        maps = [*main, *support]
+    def __init__(self, a: Any) -> None:
+        maps, labels = [*a.main, *a.support], a.image_labels
         self.maps, self.sizes = bundle(*map(view, maps)), bundle(*(tuple(m.shape[-2:]) for m in maps))
         self.labels = view(labels.view(torch.uint8) if labels.dtype == torch.bool else labels)
-        self.size, self.classes, self.pairs = (height, width), labels.shape[1], labels.numel()
-        self.chunks = cdiv(height * width, CHUNK)
+        self.size, self.classes, self.pairs = (a.height, a.width), labels.shape[1], labels.numel()
+        self.chunks = cdiv(a.height * a.width, CHUNK)
         self.new = labels.new_empty
         self.side = max(2, triton.next_power_of_2(len(maps)))
         self.partial = None
-        if cosine:
+        if a.cosine:
             self.partial = self.new(self.pairs, self.chunks, self.side, self.side, dtype=torch.float32)
             self.run(products_kernel, COUNT=len(maps))
-        self.counts = dict(COSINE=cosine, MAINS=len(main), COUNT=len(maps))
+        self.counts = dict(COSINE=a.cosine, MAINS=len(a.main), COUNT=len(maps))
 
     def run(self, kernel, *made: Tensor, **counts: int) -> None:
         # a tile of maps × maps × pixels has to fit into registers
@@ -221,44 +221,33 @@ class _Problem:
         )  # fmt: skip
 
 
-def forward(
-    main: list[Tensor],  # S of [B,K,h_s,w_s]
-    support: list[Tensor],  # T of [B,K,h_t,w_t]
-    image_labels: Tensor,  # [B,K]
-    height: int,
-    width: int,
-    cosine: bool,
-) -> Tensor:  # [B,K]
-    problem = _Problem(main, support, image_labels, height, width, cosine)
+def forward(a: Any) -> Tensor:  # [B,K]
+    problem = _Problem(a)
     sums = problem.new(problem.pairs, problem.chunks, dtype=torch.float32)
     problem.run(loss_kernel, sums, **problem.counts)
-    return add_up(sums).view(image_labels.shape)
+    return add_up(sums).view(a.image_labels.shape)
 
 
 def backward(
     grad_sums: Tensor | None,  # [B,K]
-    main: list[Tensor],
-    support: list[Tensor],
-    image_labels: Tensor,
-    height: int,
-    width: int,
-    cosine: bool,
+    a: Any,
     needs: list[bool],
-) -> tuple[list[Tensor], list[Tensor]]:
-    sides = zip((main, support), needs, strict=True)
+) -> tuple[list[Tensor], list[Tensor]]:  # of main, support
+    sides = zip((a.main, a.support), needs, strict=True)
     grads = tuple([torch.empty_like(m) for m in maps] if needed else [] for maps, needed in sides)
     if grad_sums is None:
         return tuple([g.zero_() for g in made] for made in grads)
-    problem = _Problem(main, support, image_labels, height, width, cosine)
+    problem = _Problem(a)
+    mains = len(a.main)
     shares = problem.new(problem.pairs, problem.side, problem.side, dtype=torch.float32)
-    signs = problem.new(problem.pairs, len(main), height * width, dtype=torch.int8)
+    signs = problem.new(problem.pairs, mains, a.height * a.width, dtype=torch.int8)
     problem.run(signs_kernel, shares, signs, **problem.counts)
-    for first, made in ((0, grads[0]), (len(main), grads[1])):
+    for first, made in ((0, grads[0]), (mains, grads[1])):
         for i, grad in enumerate(made, first):
             h, w = problem.sizes[i]
             launch(
                 gradient_kernel, problem.pairs * cdiv(h * w, 128), problem.maps[i], problem.sizes[i], view(grad), i,
-                problem.labels, view(grad_sums), shares, signs, problem.classes, height, width, MAINS=len(main),
+                problem.labels, view(grad_sums), shares, signs, problem.classes, a.height, a.width, MAINS=mains,
                 BM=problem.side, BP=128, warps=4,
             )  # fmt: skip
     return grads

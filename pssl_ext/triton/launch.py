@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pssl_ext.backends import TRITON_MOST
+from pssl_ext.dispatch import TRITON_MOST
 
 #: The classes that a tile holds, for up to as many classes: a tile holds all of them, since a softmax needs them
 #: together, and three sizes serve VOC (21), COCO (81) and COCO-Stuff (171) without a compilation for each number.

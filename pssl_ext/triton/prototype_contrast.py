@@ -9,6 +9,8 @@ Backward, where the grids are the same, is one kernel that reads them twice, the
 gradients of prototypes and temperature read them once more.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -101,20 +103,13 @@ def prototype_gradient_kernel(
 class _ClassVectors:
     """q [n,C,D] and which prototypes are valid [n,C]; n = B where they differ from image to image, else 1."""
 
-    def __init__(
-        self,
-        f: Features,
-        prototypes: Tensor,  # [C,D] or [B,C,D]
-        temperature: Tensor,  # []
-        valid: Tensor | None,  # [C] or [B,C]
-        eps: float,
-    ) -> None:
-        self.prototypes, self.temperature, self.eps = prototypes, temperature, eps
-        self.valid = None if valid is None else valid.view(torch.uint8)
-        self.classes = prototypes.shape[-2]
-        apart = prototypes.ndim == 3 or (valid is not None and valid.ndim == 2)
+    def __init__(self, f: Features, a: Any) -> None:
+        self.prototypes, self.temperature, self.eps = a.prototypes, a.temperature, a.eps
+        self.valid = None if a.valid is None else a.valid.view(torch.uint8)
+        self.classes = a.prototypes.shape[-2]
+        apart = a.prototypes.ndim == 3 or (a.valid is not None and a.valid.ndim == 2)
         self.sets = f.sizes[0] if apart else 1
-        self.vectors = f.new(self.sets, self.classes, prototypes.shape[-1])
+        self.vectors = f.new(self.sets, self.classes, a.prototypes.shape[-1])
         self.allowed = f.new(self.sets, self.classes, dtype=torch.int8)
         self._launch(class_vectors_kernel, self.sets, self.valid, self.vectors, self.allowed)
 
@@ -206,87 +201,49 @@ def contrast_pixels_backward(extra, z, u, b, y, x, live, c, C):
 # -- the operator ------------------------------------------------------------------------------------------------------
 
 
-def forward(
-    features: Tensor,  # [B,D,h,w]
-    prototypes: Tensor,  # [C,D] or [B,C,D]
-    regions: Tensor,  # [B,H,W]
-    temperature: Tensor,  # []
-    valid: Tensor | None,  # [C] or [B,C]
-    weights: Tensor | None,  # [B,H,W]
-    ignore_index: int,
-    align_corners: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:  # [B,H,W], []
-    f = Features(features)
-    classes = _ClassVectors(f, prototypes, temperature, valid, eps)
-    losses = f.new(*regions.shape)
-    extra = bundle(view(regions), *classes.of_pixels, ignore_index, view(weights), view(losses))
-    size = tuple(regions.shape[1:])
-    how = dict(norm=True, eps=eps, totals="all")
+def forward(a: Any) -> tuple[Tensor, Tensor]:  # [B,H,W], []
+    f, classes, size, how = _problem(a)
+    losses = f.new(*a.regions.shape)
+    extra = bundle(view(a.regions), *classes.of_pixels, a.ignore_index, view(a.weights), view(losses))
+    how["totals"] = "all"
     if size == f.sizes[2:]:
         _, total = same_grid(f, classes.vectors, classes.classes, contrast_pixels, extra, **how)
     else:
         maps = cell_maps(f, classes.vectors, gram=True)
         _, total = label_grid(
-            f,
-            maps,
-            classes.classes,
-            size,
-            contrast_pixels,
-            extra,
-            dots=True,
-            align_corners=align_corners,
-            **how,
-        )
+            f, maps, classes.classes, size, contrast_pixels, extra, dots=True, align_corners=a.align_corners, **how
+        )  # fmt: skip
     return losses, add_up(total.view(1, -1)).view(())
 
 
 def backward(
     grad_loss: Tensor | None,  # [B,H,W]
     grad_total: Tensor | None,  # []
-    features: Tensor,
-    prototypes: Tensor,
-    regions: Tensor,
-    temperature: Tensor,
-    valid: Tensor | None,
-    weights: Tensor | None,
-    ignore_index: int,
-    align_corners: bool,
-    eps: float,
+    a: Any,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # of features, prototypes, temperature, weights
-    f = Features(features)
-    classes = _ClassVectors(f, prototypes, temperature, valid, eps)
-    grad_prototypes = gradient_of(prototypes, needs[1])
-    grad_temperature = gradient_of(temperature, needs[2])
-    grad_weights = gradient_of(weights, needs[3])
+    f, classes, size, how = _problem(a)
+    grad_prototypes = gradient_of(a.prototypes, needs[1])
+    grad_temperature = gradient_of(a.temperature, needs[2])
+    grad_weights = gradient_of(a.weights, needs[3])
     extra = bundle(
-        view(regions), *classes.of_pixels, ignore_index, view(weights), view(grad_loss), grad_total,
+        view(a.regions), *classes.of_pixels, a.ignore_index, view(a.weights), view(grad_loss), grad_total,
         view(grad_weights) if needs[3] else None,
     )  # fmt: skip
-    size = tuple(regions.shape[1:])
     of_classes = needs[1] or needs[2]
-    how = dict(norm=True, eps=eps)
     if size == f.sizes[2:]:
-        grad_features = gradient_of(features, needs[0])
-        out = grad_features if needs[0] else None
+        grad_features = gradient_of(a.features, needs[0])
         shares, _ = same_grid(
-            f,
-            classes.vectors,
-            classes.classes,
-            contrast_pixels_backward,
-            extra,
-            out=out,
-            keep=of_classes,
-            **how,
-        )
+            f, classes.vectors, classes.classes, contrast_pixels_backward, extra,
+            out=grad_features if needs[0] else None, keep=of_classes, **how,
+        )  # fmt: skip
     else:
         maps = cell_maps(f, classes.vectors, gram=True)
         shares, _ = label_grid(
             f, maps, classes.classes, size, contrast_pixels_backward, extra, dots=True,
-            align_corners=align_corners, adjoint=needs[0] or of_classes, adjoint_norm=needs[0], **how,
+            align_corners=a.align_corners, adjoint=needs[0] or of_classes, adjoint_norm=needs[0], **how,
         )  # fmt: skip
-        grad_features = gradient_of(features, False)
+        grad_features = gradient_of(a.features, False)
         if needs[0]:
             grad_features = feature_gradient(f, classes.vectors, shares)
     if of_classes:
@@ -294,3 +251,9 @@ def backward(
         if needs[2]:
             grad_temperature.copy_(found)
     return grad_features, grad_prototypes, grad_temperature, grad_weights
+
+
+def _problem(a: Any) -> tuple[Features, _ClassVectors, tuple[int, int], dict[str, Any]]:
+    """Return the features, the class vectors, the label grid's size, and how pixels are gone through."""
+    f = Features(a.features)
+    return f, _ClassVectors(f, a), tuple(a.regions.shape[1:]), dict(norm=True, eps=a.eps)

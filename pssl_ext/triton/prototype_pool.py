@@ -7,6 +7,8 @@ Forward reads the features for their norms, then for the sums. Where the grids a
 that reads them twice, the second time out of the cache.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -73,66 +75,51 @@ def _masks(regions: Tensor) -> tuple:
     return (view(regions), None) if regions.ndim == 3 else (None, view(regions))
 
 
-def forward(
-    features: Tensor,  # [B,D,h,w]
-    regions: Tensor,  # [B,H,W] or [B,C,H,W]
-    num_regions: int,
-    weights: Tensor | None,  # [B,H,W]
-    normalize: bool,
-    ignore_index: int,
-    align_corners: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor]:  # sums [B,C,D], mass [B,C]
-    f = Features(features)
-    size = tuple(regions.shape[-2:])
-    extra = bundle(*_masks(regions), view(weights), ignore_index)
-    how = dict(norm=normalize, eps=eps, totals="class")
+def forward(a: Any) -> tuple[Tensor, Tensor]:  # sums [B,C,D], mass [B,C]
+    f = Features(a.features)
+    size = tuple(a.regions.shape[-2:])
+    extra = bundle(*_masks(a.regions), view(a.weights), a.ignore_index)
+    how = dict(norm=a.normalize, eps=a.eps, totals="class")
     if size == f.sizes[2:]:
-        shares, mass = same_grid(f, None, num_regions, pool_pixels, extra, keep=True, **how)
+        shares, mass = same_grid(f, None, a.num_regions, pool_pixels, extra, keep=True, **how)
     else:
-        maps = cell_maps(f, None, gram=True) if normalize else None
+        maps = cell_maps(f, None, gram=True) if a.normalize else None
         shares, mass = label_grid(
-            f, maps, num_regions, size, pool_pixels, extra, dots=False, align_corners=align_corners,
+            f, maps, a.num_regions, size, pool_pixels, extra, dots=False, align_corners=a.align_corners,
             adjoint=True, **how,
         )  # fmt: skip
-    return class_sums(f, shares, num_regions, images_apart=True), mass
+    return class_sums(f, shares, a.num_regions, images_apart=True), mass
 
 
 def backward(
     grad_sums: Tensor | None,  # [B,C,D]
     grad_mass: Tensor | None,  # [B,C]
-    features: Tensor,
-    regions: Tensor,
-    num_regions: int,
-    weights: Tensor | None,
-    normalize: bool,
-    ignore_index: int,
-    align_corners: bool,
-    eps: float,
+    a: Any,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # of features, regions, weights
-    f = Features(features)
-    size = tuple(regions.shape[-2:])
-    grad_regions = gradient_of(regions, needs[1])
-    grad_weights = gradient_of(weights, needs[2])
+    f = Features(a.features)
+    size = tuple(a.regions.shape[-2:])
+    grad_regions = gradient_of(a.regions, needs[1])
+    grad_weights = gradient_of(a.weights, needs[2])
     vectors = (
-        f.new(f.sizes[0], num_regions, f.sizes[1]).zero_() if grad_sums is None else grad_sums.contiguous()
+        f.new(f.sizes[0], a.num_regions, f.sizes[1]).zero_() if grad_sums is None else grad_sums.contiguous()
     )
     extra = bundle(
-        *_masks(regions), view(weights), ignore_index, None if grad_mass is None else grad_mass.contiguous(),
+        *_masks(a.regions), view(a.weights), a.ignore_index,
+        None if grad_mass is None else grad_mass.contiguous(),
         view(grad_regions) if needs[1] else None, view(grad_weights) if needs[2] else None,
     )  # fmt: skip
-    how = dict(norm=normalize, eps=eps)
+    how = dict(norm=a.normalize, eps=a.eps)
     if size == f.sizes[2:]:
-        grad_features = gradient_of(features, needs[0])
+        grad_features = gradient_of(a.features, needs[0])
         out = grad_features if needs[0] else None
-        same_grid(f, vectors, num_regions, pool_pixels_backward, extra, out=out, **how)
+        same_grid(f, vectors, a.num_regions, pool_pixels_backward, extra, out=out, **how)
         return grad_features, grad_regions, grad_weights
     adjoint, _ = label_grid(
-        f, cell_maps(f, vectors, gram=normalize), num_regions, size, pool_pixels_backward, extra, dots=True,
-        align_corners=align_corners, adjoint=needs[0], adjoint_norm=needs[0] and normalize, **how,
+        f, cell_maps(f, vectors, gram=a.normalize), a.num_regions, size, pool_pixels_backward, extra, dots=True,
+        align_corners=a.align_corners, adjoint=needs[0], adjoint_norm=needs[0] and a.normalize, **how,
     )  # fmt: skip
-    grad_features = gradient_of(features, False)
+    grad_features = gradient_of(a.features, False)
     if needs[0]:
         grad_features = feature_gradient(f, vectors, adjoint)
     return grad_features, grad_regions, grad_weights

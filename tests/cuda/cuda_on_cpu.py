@@ -41,8 +41,8 @@ def pytest_load_initial_conftests(early_config):
 
 
 def pytest_collection_modifyitems(config, items):
-    from pssl_ext import backends
-    from pssl_ext.registry import OPS
+    from pssl_ext import dispatch
+    from pssl_ext.op import OPS
 
     kept, left_out = [], []
     for item in items:
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
         # a case of another backend than ours, or the skipped one that says so
         other = any(f"-{backend}-cpu" in item.nodeid for backend in ("auto", "triton", "reference"))
         (left_out if other and getattr(case, "backend", None) != "native" else kept).append(item)
-        missing = [op for op in OPS if op in item.nodeid and backends.why_not(op, "native", "cpu")]
+        missing = [op for op in OPS if op in item.nodeid and dispatch.why_not(OPS[op], "native", "cpu")]
         if missing:
             item.add_marker(pytest.mark.skip(reason=f"no CUDA kernel yet: {missing[0]}"))
     items[:] = kept

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from pssl_ext import backends
-from pssl_ext.registry import OPS
+from pssl_ext import dispatch
+from pssl_ext.op import OPS
 from pssl_ext.testing import leaves
 
 
@@ -21,7 +21,7 @@ def kernels() -> list[tuple[str, str]]:
         (op, backend)
         for op in OPS
         for backend in ("native", "triton")
-        if backend == "native" or backends.why_not(op, backend, "cuda") is None
+        if backend == "native" or dispatch.why_not(OPS[op], backend, "cuda") is None
     ]
 
 

@@ -14,8 +14,8 @@ import sys
 
 import torch
 
-from pssl_ext import backends
-from pssl_ext.registry import OPS
+from pssl_ext import dispatch
+from pssl_ext.op import OPS
 from pssl_ext.testing import run, samples
 
 
@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     for op in options.ops.split(","):
         if op not in OPS:
             parser.error(f"--ops: no operator {op!r}; there are {', '.join(OPS)}")
-        refused = {backend: backends.why_not(op, backend, options.device) for backend in ("native", "triton")}
+        refused = {
+            backend: dispatch.why_not(OPS[op], backend, options.device) for backend in ("native", "triton")
+        }
         if refused["native"] is not None:
             print(f"{op}: {refused['native']}", file=sys.stderr)
             return 1

@@ -31,7 +31,7 @@ def on_device(operator: Any, device: str) -> Callable:
 
 
 def pytest_configure(config):
-    from pssl_ext.registry import NAMESPACE, OPS
+    from pssl_ext.op import NAMESPACE, OPS
 
     library = torch.library.Library(NAMESPACE, "IMPL")
     LIBRARIES.append(library)  # lives as long as the process

@@ -15,10 +15,10 @@ NOT_MEANT = ("holds no Triton kernel", "an argument is float64")
 
 
 def pytest_collection_modifyitems(config, items):
-    from pssl_ext import backends
-    from pssl_ext.registry import OPS
+    from pssl_ext import dispatch
+    from pssl_ext.op import OPS
 
-    missing = [reason for op in OPS if (reason := backends.why_not(op, "native", "cuda"))]
+    missing = [reason for op in OPS if (reason := dispatch.why_not(OPS[op], "native", "cuda"))]
     if missing:
         raise pytest.UsageError("; ".join(missing))
     kept = [item for item in items if _on_gpu(item)]

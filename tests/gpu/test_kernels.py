@@ -13,8 +13,8 @@ from calls import kernels
 from gpu_for_cpu import on_device
 from problems import real_size
 
+from pssl_ext.op import OPS
 from pssl_ext.ops.cam_sweep import by_launches
-from pssl_ext.registry import OPS
 from pssl_ext.testing import Case, assert_same_bits, check, run, samples
 
 HERE = Path(__file__).resolve().parent

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import on_gpu
 import pytest
 
-from pssl_ext import backends
+from pssl_ext import dispatch
 from pssl_ext.testing import Case
 
 
@@ -39,13 +39,13 @@ GOES = [
 
 
 def test_the_tests_on_a_gpu_stay(monkeypatch):
-    monkeypatch.setattr(backends, "why_not", lambda *_: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda *_: None)
     items = [*STAYS, *GOES]
     on_gpu.pytest_collection_modifyitems(CONFIG, items)
     assert items == STAYS
 
 
 def test_a_build_without_cuda_kernels_is_no_build(monkeypatch):
-    monkeypatch.setattr(backends, "why_not", lambda op, *_: f"no cuda kernel for {op}")
+    monkeypatch.setattr(dispatch, "why_not", lambda spec, *_: f"no cuda kernel for {spec.name}")
     with pytest.raises(pytest.UsageError, match="no cuda kernel for prototype_pool"):
         on_gpu.pytest_collection_modifyitems(CONFIG, list(STAYS))

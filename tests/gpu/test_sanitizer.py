@@ -9,7 +9,7 @@ import drive
 import machine
 import pytest
 
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 
 HERE = Path(__file__).resolve().parent
 

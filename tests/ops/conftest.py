@@ -12,8 +12,8 @@ import torch
 from support import schema_args
 
 import pssl_ext  # noqa: F401  fills the registry
-from pssl_ext import backends
-from pssl_ext.registry import OPS
+from pssl_ext import dispatch
+from pssl_ext.op import OPS
 from pssl_ext.testing import Case, devices, samples
 
 
@@ -58,7 +58,7 @@ def _refusal(op, backend, device, dtype):
     if backend != "triton" or dtype != torch.float64:
         return None
     args = schema_args(Case(op, samples(op, device, dtype, "contiguous")[0].id, device=device, dtype=dtype))
-    reason = backends.why_not(op, backend, device, args)
+    reason = dispatch.why_not(OPS[op], backend, device, OPS[op].arguments(*args))
     assert reason, "a type that Triton takes is to be tested"
     return reason
 
@@ -66,8 +66,8 @@ def _refusal(op, backend, device, dtype):
 def _backends(op, device):
     """Each backend with the reason it cannot run. "auto" stands for the operator's composite kernel where
     there is no compiled one, and is the same as "native" where there is."""
-    native = backends.why_not(op, "native", device)
+    native = dispatch.why_not(OPS[op], "native", device)
     yield "native", native
     if native is not None:
         yield "auto", None
-    yield "triton", backends.why_not(op, "triton", device)
+    yield "triton", dispatch.why_not(OPS[op], "triton", device)

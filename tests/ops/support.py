@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from pssl_ext.registry import NAMESPACE
+from pssl_ext.op import NAMESPACE
 from pssl_ext.testing import Case
 
 

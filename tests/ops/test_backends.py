@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import pssl_ext
-from pssl_ext import backends
-from pssl_ext.registry import OPS, define_op
+from pssl_ext import dispatch
+from pssl_ext.op import OPS, define_op
 from pssl_ext.testing import samples
 
 
@@ -16,7 +16,7 @@ def first(op):
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("op", OPS)
 def test_an_explicit_choice_runs_or_says_why(op, backend):
-    reason = backends.why_not(op, backend, "cpu")
+    reason = dispatch.why_not(OPS[op], backend, "cpu")
     if reason is None:
         OPS[op].function(**first(op), backend=backend)
     else:
@@ -36,7 +36,7 @@ def test_an_unknown_backend(op):
 def test_explain(op):
     told = pssl_ext.explain(op)
     assert told.startswith(f"{op} on cpu: ")
-    reason = backends.why_not(op, "native", "cpu")
+    reason = dispatch.why_not(OPS[op], "native", "cpu")
     if reason is None:
         assert told == f"{op} on cpu: native"
     else:
@@ -50,41 +50,42 @@ def test_explain_of_no_operator():
 
 
 def test_the_reasons(monkeypatch):
-    monkeypatch.setattr(backends, "load_error", "No module named 'pssl_ext._C'")
-    reason = backends.why_not("prototype_pool", "native")
+    monkeypatch.setattr(dispatch, "load_error", "No module named 'pssl_ext._C'")
+    reason = dispatch.why_not(OPS["prototype_pool"], "native")
     assert reason == "pssl_ext._C could not be imported (No module named 'pssl_ext._C')"
-    monkeypatch.setattr(backends, "load_error", None)
-    reason = backends.why_not("prototype_pool", "native", "meta")
+    monkeypatch.setattr(dispatch, "load_error", None)
+    reason = dispatch.why_not(OPS["prototype_pool"], "native", "meta")
     assert reason == "this build of pssl_ext._C holds no meta kernel for prototype_pool"
-    assert backends.why_not("prototype_pool", "reference", "cpu") is None
+    assert dispatch.why_not(OPS["prototype_pool"], "reference", "cpu") is None
 
 
 def test_the_reasons_of_triton(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "_tools", set())  # what was found, and what this test pretends
+    monkeypatch.setattr(dispatch, "_tools", set())  # what was found, and what this test pretends
     assert (
-        backends.why_not("cam_sweep", "triton", "cuda") == "this version holds no Triton kernel for cam_sweep"
+        dispatch.why_not(OPS["cam_sweep"], "triton", "cuda")
+        == "this version holds no Triton kernel for cam_sweep"
     )
-    assert "Triton kernels run on CUDA devices" in backends.why_not("prototype_pool", "triton", "cpu")
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    assert backends.why_not("prototype_pool", "triton", "cuda") == "triton is not installed"
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    assert "Triton kernels run on CUDA devices" in dispatch.why_not(OPS["prototype_pool"], "triton", "cpu")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert dispatch.why_not(OPS["prototype_pool"], "triton", "cuda") == "triton is not installed"
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(backends.shutil, "which", lambda name: None)
-    assert "neither CC, gcc nor clang" in backends.why_not("prototype_pool", "triton", "cuda")
-    monkeypatch.setattr(backends.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert backends.why_not("prototype_pool", "triton", "cuda") is None
-    monkeypatch.setattr(backends.shutil, "which", lambda name: pytest.fail("looked for again"))
-    assert backends.why_not("prototype_pool", "triton", "cuda") is None
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: None)
+    assert "neither CC, gcc nor clang" in dispatch.why_not(OPS["prototype_pool"], "triton", "cuda")
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert dispatch.why_not(OPS["prototype_pool"], "triton", "cuda") is None
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: pytest.fail("looked for again"))
+    assert dispatch.why_not(OPS["prototype_pool"], "triton", "cuda") is None
 
 
 @pytest.fixture
 def triton_there(monkeypatch):
     """As on a machine with a GPU and Triton, without CUDA kernels."""
-    monkeypatch.setattr(backends, "_why_no_triton", lambda op, device_type: None)
-    monkeypatch.setattr(backends, "has_kernel", lambda op, device_type: device_type == "cpu")
-    monkeypatch.setattr(backends, "load_error", None)
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(dispatch, "_why_no_triton", lambda device_type: None)
+    monkeypatch.setattr(dispatch, "has_kernel", lambda op, device_type: device_type == "cpu")
+    monkeypatch.setattr(dispatch, "load_error", None)
+    monkeypatch.setattr(dispatch, "_warned", set())
 
 
 def test_auto_takes_triton_where_no_cuda_was_compiled(triton_there, monkeypatch):
@@ -92,8 +93,10 @@ def test_auto_takes_triton_where_no_cuda_was_compiled(triton_there, monkeypatch)
     cuda = torch.device("cuda")
 
     def choose(dtype, regions):
-        args = (torch.zeros(1, 2, 3, 3, dtype=dtype), None, regions, *[None] * 5)
-        return backends.choose("prototype_pool", "auto", cuda, args)
+        args = OPS["prototype_pool"].arguments(
+            torch.zeros(1, 2, 3, 3, dtype=dtype), None, regions, *[None] * 5
+        )
+        return dispatch.choose(OPS["prototype_pool"], "auto", cuda, args)
 
     reason = "native: this build of pssl_ext._C holds no cuda kernel for prototype_pool"
     assert pssl_ext.explain("prototype_pool", cuda) == f"prototype_pool on cuda: triton ({reason})"
@@ -102,27 +105,27 @@ def test_auto_takes_triton_where_no_cuda_was_compiled(triton_there, monkeypatch)
         RuntimeWarning, match="triton: Triton kernels accumulate in float32, and an argument is float64"
     ):
         assert choose(torch.float64, 3) == "dispatcher"
-    backends._warned.clear()
+    dispatch._warned.clear()
     with pytest.warns(RuntimeWarning, match="triton: Triton kernels take at most 256 regions, got 257"):
         assert choose(torch.float32, 257) == "dispatcher"
-    monkeypatch.setattr(backends, "has_kernel", lambda op, device_type: True)
+    monkeypatch.setattr(dispatch, "has_kernel", lambda op, device_type: True)
     assert choose(torch.float32, 3) == "dispatcher"
     assert pssl_ext.explain("prototype_pool", cuda) == "prototype_pool on cuda: native"
 
 
 def test_triton_on_the_cpu_is_for_who_asks(triton_there, monkeypatch):
-    monkeypatch.setattr(backends, "has_kernel", lambda op, device_type: False)
-    assert backends.choose("prototype_pool", "auto", torch.device("cpu")) == "dispatcher"
-    assert backends.choose("prototype_pool", "triton", torch.device("cpu")) == "triton"
+    monkeypatch.setattr(dispatch, "has_kernel", lambda op, device_type: False)
+    assert dispatch.choose(OPS["prototype_pool"], "auto", torch.device("cpu")) == "dispatcher"
+    assert dispatch.choose(OPS["prototype_pool"], "triton", torch.device("cpu")) == "triton"
     assert "triton: runs on cpu only when asked for" in pssl_ext.explain("prototype_pool", "cpu")
 
 
 def test_auto_on_a_device_without_kernels_warns_once(monkeypatch):
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(dispatch, "_warned", set())
     device = torch.device("meta")
     with pytest.warns(RuntimeWarning, match="prototype_pool runs on its slow PyTorch reference on meta: "):
-        backends.choose("prototype_pool", "auto", device)
-    backends.choose("prototype_pool", "auto", device)  # a second warning would be an error
+        dispatch.choose(OPS["prototype_pool"], "auto", device)
+    dispatch.choose(OPS["prototype_pool"], "auto", device)  # a second warning would be an error
 
 
 def empty_definition(**more):

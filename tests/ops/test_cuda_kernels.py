@@ -11,7 +11,7 @@ from support import prototype_args
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 from pssl_ext.testing import assert_same_bits, check_args, run
 
 DEVICES = ["cuda"] if torch.cuda.is_available() else []

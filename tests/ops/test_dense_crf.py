@@ -11,13 +11,15 @@ import torch
 from peers import crf as crf_peer
 from torch.nn import functional as F
 
-from pssl_ext import backends, dense_crf
+from pssl_ext import dense_crf, dispatch
+from pssl_ext.op import OPS
 from pssl_ext.ops.dense_crf import MOST_PIXELS, reference
 from pssl_ext.testing import DTYPES, LAYOUTS, samples
 
 IDS = [s.id for s in samples("dense_crf", "cpu", torch.float32, "contiguous")]
 native = pytest.mark.skipif(
-    backends.why_not("dense_crf", "native") is not None, reason=str(backends.why_not("dense_crf", "native"))
+    dispatch.why_not(OPS["dense_crf"], "native") is not None,
+    reason=str(dispatch.why_not(OPS["dense_crf"], "native")),
 )
 
 
@@ -147,15 +149,15 @@ def test_the_reference_refuses_large_images(monkeypatch):
     images, probabilities = torch.zeros(1, 3, 97, 96, dtype=torch.uint8), torch.zeros(1, 2, 97, 96)
     words = f"dense_crf: images must be of at most {MOST_PIXELS} pixels where the reference runs"
     got = r"got \[1, 3, 97, 96\] torch.uint8 on cpu"
-    if backends.why_not("dense_crf", "native") is None:
+    if dispatch.why_not(OPS["dense_crf"], "native") is None:
         with pytest.raises(ValueError, match=rf"{words}.* \(native has no such bound\), {got}"):
             dense_crf(images, probabilities, backend="reference")
-    monkeypatch.setattr(backends, "load_error", "No module named 'pssl_ext._C'")
+    monkeypatch.setattr(dispatch, "load_error", "No module named 'pssl_ext._C'")
     with pytest.raises(
         ValueError, match=rf"{words}.*native, which has no such bound: pssl_ext._C could not.*{got}"
     ):
         reference(images, probabilities, 1, 3.0, 3.0, 80.0, 13.0, 10.0)
-    told = backends.explain("dense_crf")
+    told = dispatch.explain(OPS["dense_crf"])
     assert told.startswith("dense_crf on cpu: reference (native: ")
     assert told.endswith(f"), for images of at most {MOST_PIXELS} pixels")
 

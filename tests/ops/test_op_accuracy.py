@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import prototype_args
 
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 from pssl_ext.testing import DTYPES, LAYOUTS, check, check_args, devices, errors, leaves, run, samples, truth
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 from pssl_ext.testing import Case, check, check_args
 
 

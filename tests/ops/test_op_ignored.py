@@ -8,9 +8,9 @@ import torch
 from support import planted
 from torch.nn import functional as F
 
-from pssl_ext import backends, prototype_contrast, prototype_pool
+from pssl_ext import dispatch, prototype_contrast, prototype_pool
+from pssl_ext.op import OPS
 from pssl_ext.ops.prototype_pool import resize
-from pssl_ext.registry import OPS
 from pssl_ext.testing import devices, run
 
 GRIDS = [
@@ -101,7 +101,7 @@ def test_nan_does_not_reach_with_many_channels(op, device, grid):
 @pytest.mark.parametrize("op", OPERATORS)
 def test_nan_does_not_reach_by_choice(op, backend, device, grid, size, value):
     """Through kernels that ``auto`` does not take where the compiled ones are."""
-    reason = backends.why_not(op, backend, device)
+    reason = dispatch.why_not(OPS[op], backend, device)
     if reason is not None:
         pytest.skip(f"{backend} on {device}: {reason}")
     check_ignored(op, device, grid, size, value=value, backend=backend)

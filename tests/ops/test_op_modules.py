@@ -1,12 +1,15 @@
 """The module forms: the operators' own arguments and defaults, and what a module adds."""
 
+import copy
 import inspect
+import pickle
+import pydoc
 
 import pytest
 import torch
 
 from pssl_ext import nn as pssl_nn
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 from pssl_ext.testing import samples
 
 MODULES = {
@@ -51,3 +54,39 @@ def test_the_temperature_is_learned_or_a_buffer():
     assert [n for n, _ in learned.named_parameters()] == ["temperature"] and bool(learned.temperature.grad)
     fixed = pssl_nn.PrototypeContrast(temperature=torch.tensor(0.25))
     assert list(fixed.state_dict()) == ["temperature"] and not list(fixed.parameters())
+
+
+@pytest.mark.parametrize("op", MODULES)
+def test_copies(op):
+    made = MODULES[op](2) if op == "prototype_pool" else MODULES[op]()
+    for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert type(copied) is MODULES[op]
+        assert repr(copied) == repr(made) and copied.settings() == made.settings()
+
+
+@pytest.mark.parametrize("op", MODULES)
+def test_help(op):
+    """The class's own name, arguments and words, which are the function's."""
+    text = pydoc.plain(pydoc.render_doc(MODULES[op]))
+    function = OPS[op].function
+    assert f"{MODULES[op].__name__}{inspect.signature(MODULES[op])}" in text
+    assert inspect.getdoc(function) in inspect.getdoc(MODULES[op])
+    assert f"forward{inspect.signature(MODULES[op].forward)}" in text
+
+
+def test_settings_are_checked_by_name():
+    message = r"CamCompare: got an unexpected keyword argument 'temperature'; its settings are attention, .*"
+    with pytest.raises(TypeError, match=message):
+        pssl_nn.CamCompare(temperature=1.0)
+    with pytest.raises(TypeError, match="PrototypePool: missing a required argument: 'num_regions'"):
+        pssl_nn.PrototypePool()
+    args = (torch.randn(1, 4, 3, 3), torch.randint(0, 2, (1, 6, 6)))
+    with pytest.raises(TypeError, match="num_regions"):
+        pssl_nn.PrototypePool(2)(*args, 3)
+
+
+def test_a_list_is_copied():
+    dilations = [1, 2]
+    module = pssl_nn.PixelRefine(dilations=dilations)
+    dilations.append(4)
+    assert module.dilations == (1, 2)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from support import planted, schema_args
 
+from pssl_ext.op import OPS
 from pssl_ext.ops import _reference, dense_crf, pixel_refine, prototype_contrast, prototype_pool, random_walk
-from pssl_ext.registry import OPS
 from pssl_ext.testing import Case, assert_same_bits, check, run
 
 

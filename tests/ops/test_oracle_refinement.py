@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import pssl_ext
 from pssl_ext import pixel_refine, random_walk
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 from pssl_ext.testing import assert_same_bits, check_args, run
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])

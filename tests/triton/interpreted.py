@@ -12,7 +12,7 @@ import triton.language as tl
 from test_cuda_kernels import arguments, labels
 from triton.runtime.errors import InterpreterError
 
-from pssl_ext.registry import OPS
+from pssl_ext.op import OPS
 from pssl_ext.testing import Case, assert_same_bits, check, check_args, run
 from pssl_ext.triton import cam_compare, cells, pixels
 from pssl_ext.triton.arithmetic import dot

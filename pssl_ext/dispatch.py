@@ -12,12 +12,13 @@ import importlib
 import importlib.util
 import os
 import shutil
-import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
+
+from pssl_ext import torch_private
 
 BACKENDS = ("auto", "native", "triton", "reference")
 
@@ -38,8 +39,19 @@ _there: set[tuple[str, str]] = set()
 _tools: set[tuple[bool, str | None]] = set()
 
 
+class Operator(Protocol):
+    """What this module asks of an operator's description (`pssl_ext.op.OpSpec`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def triton(self) -> Callable[[Any], str | None] | None: ...
+    @property
+    def reference_bound(self) -> str: ...
+
+
 def load_native() -> None:
-    """Imports the compiled kernels, which registers them. Called once, when ``pssl_ext`` is imported.
+    """Import the compiled kernels, which registers them. Called once, when ``pssl_ext`` is imported.
 
     Their absence is no error (every operator has its reference) but is said once, as a warning.
     """
@@ -59,37 +71,29 @@ def load_native() -> None:
         )
 
 
-def release_memory() -> int:
-    """Gives the system what the CPU kernels keep of freed gradients and other large results; returns how many bytes.
-
-    Results of 4 MiB and more lie in memory that is kept when they are freed and taken for the next ones, since the
-    system takes longer to clear new pages than the kernels take to fill them. It keeps at most ``PSSL_KEEP_MIB``
-    (1024), in which the system may help itself to pages where it has none left; so this is needed only to see how much
-    a process really uses. Linux; elsewhere, and without the compiled kernels, nothing is kept. Memory on GPUs is
-    torch's: ``torch.cuda.empty_cache``.
-    """
-    native = sys.modules.get("pssl_ext._C")
-    return native.release_memory() if native else 0
-
-
 @torch.compiler.assume_constant_result  # torch.compile cannot trace the question
 def has_kernel(op: str, device_type: str) -> bool:
+    """Tell whether a compiled kernel for the dispatcher's ``op`` is there."""
     if (op, device_type) in _there:
         return True
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    found = key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"pssl::{op}", key)
+    found = torch_private.has_kernel(op, device_type)
     if found:
         _there.add((op, device_type))
     return found
 
 
-@torch.compiler.assume_constant_result
-def _why_no_triton(op: str, device_type: str) -> str | None:
-    """What is missing for ``op``'s Triton kernels, whatever the arguments. Imports no Triton."""
-    from pssl_ext.registry import OPS
+def why_no_native(op: str, device_type: str) -> str | None:
+    """Say why no compiled kernel can run ``op``; None when one can."""
+    if load_error is not None:
+        return f"pssl_ext._C could not be imported ({load_error})"
+    if not has_kernel(op, device_type):
+        return f"this build of pssl_ext._C holds no {device_type} kernel for {op}"
+    return None
 
-    if op not in OPS or OPS[op].triton is None:
-        return f"this version holds no Triton kernel for {op}"
+
+@torch.compiler.assume_constant_result
+def _why_no_triton(device_type: str) -> str | None:
+    """Say what Triton's kernels lack on ``device_type``, whatever the operator. Imports no Triton."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
         return (
@@ -111,7 +115,7 @@ TRITON_MOST = {"regions": 256, "maps": 16}
 
 
 def triton_limits(what: str, count: int, *tensors: torch.Tensor) -> str | None:
-    """Why Triton's kernels do not take ``count`` regions or maps, or ``tensors``, the types that sums go by."""
+    """Say why Triton's kernels do not take ``count`` regions or maps, or ``tensors``, the types that sums go by."""
     if any(t.dtype == torch.float64 for t in tensors):
         return "Triton kernels accumulate in float32, and an argument is float64"
     if count > TRITON_MOST[what]:
@@ -119,34 +123,26 @@ def triton_limits(what: str, count: int, *tensors: torch.Tensor) -> str | None:
     return None
 
 
-def why_not(
-    op: str, backend: str, device: str | torch.device = "cpu", args: Sequence[Any] | None = None
-) -> str | None:
-    """Why ``backend`` cannot run ``op`` on ``device``; None when it can.
+def why_not(spec: Operator, backend: str, device: str | torch.device = "cpu", args: Any = None) -> str | None:
+    """Say why ``backend`` cannot run the operator on ``device``; None when it can.
 
-    With the schema's arguments ``args`` also where it cannot for these.
+    With the bound arguments ``args`` also where it cannot for these.
     """
     device_type = device.type if isinstance(device, torch.device) else torch.device(device).type
     if backend == "reference":
         return None
     if backend == "native":
-        if load_error is not None:
-            return f"pssl_ext._C could not be imported ({load_error})"
-        if not has_kernel(op, device_type):
-            return f"this build of pssl_ext._C holds no {device_type} kernel for {op}"
-        return None
+        return why_no_native(spec.name, device_type)
     if backend == "triton":
-        reason = _why_no_triton(op, device_type)
-        if reason is None and args is not None:
-            from pssl_ext.registry import OPS
-
-            reason = OPS[op].triton(*args)
-        return reason
-    raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if spec.triton is None:
+            return f"this version holds no Triton kernel for {spec.name}"
+        reason = _why_no_triton(device_type)
+        return spec.triton(args) if reason is None and args is not None else reason
+    raise ValueError(f"{spec.name}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose(op: str, backend: str, device: torch.device, args: Sequence[Any] | None = None) -> str:
-    """How to run ``op`` on ``device``: ``dispatcher`` (the best kernel registered there), ``triton`` or ``reference``.
+def choose(spec: Operator, backend: str, device: torch.device, args: Any = None) -> str:
+    """Choose how the operator runs on ``device``: ``dispatcher`` (the best kernel there), ``triton`` or ``reference``.
 
     Raises RuntimeError where an explicit choice cannot run. ``auto`` that falls back to the reference on a GPU
     warns once an operator.
@@ -154,50 +150,41 @@ def choose(op: str, backend: str, device: torch.device, args: Sequence[Any] | No
     if backend == "auto":
         refused = []
         for candidate in AUTO.get(device.type, AUTO_ELSEWHERE):
-            reason = why_not(op, candidate, device, args)
+            reason = why_not(spec, candidate, device, args)
             if reason is None:
                 return "dispatcher" if candidate == "native" else candidate
             refused.append(f"{candidate}: {reason}")
-        if device.type != "cpu" and not torch.compiler.is_compiling() and (op, device.type) not in _warned:
-            _warned.add((op, device.type))
+        known = (spec.name, device.type)
+        if device.type != "cpu" and not torch.compiler.is_compiling() and known not in _warned:
+            _warned.add(known)
             warnings.warn(
-                f"{op} runs on its slow PyTorch reference on {device}{_bound(op)}: {'; '.join(refused)}",
+                f"{spec.name} runs on its slow PyTorch reference on {device}{_bound(spec)}: {'; '.join(refused)}",
                 RuntimeWarning,
                 stacklevel=4,
             )
         return "dispatcher"
-    reason = why_not(op, backend, device, args)
+    reason = why_not(spec, backend, device, args)
     if reason is not None:
-        raise RuntimeError(f"{op}: backend {backend!r} cannot run on {device}: {reason}")
+        raise RuntimeError(f"{spec.name}: backend {backend!r} cannot run on {device}: {reason}")
     return "dispatcher" if backend == "native" else backend
 
 
-def _bound(op: str) -> str:
-    """What the reference of ``op`` is limited to, after a comma; nothing where it is not."""
-    from pssl_ext.registry import OPS
-
-    return f", {OPS[op].reference_bound}" if OPS[op].reference_bound else ""
+def _bound(spec: Operator) -> str:
+    """Return what the reference is limited to, after a comma; nothing where it is not."""
+    return f", {spec.reference_bound}" if spec.reference_bound else ""
 
 
-def explain(op: str, device: str | torch.device = "cpu") -> str:
-    """One line: the backend ``auto`` takes for ``op`` on ``device``, and why not each faster one.
-
-    >>> print(pssl_ext.explain("prototype_pool", "cuda"))
-    prototype_pool on cuda: reference (native: this build ... ; triton: ...)
-    """
-    from pssl_ext.registry import OPS
-
-    if op not in OPS:
-        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}")
+def explain(spec: Operator, device: str | torch.device = "cpu") -> str:
+    """Say in one line which backend ``auto`` takes on ``device``, and why not each faster one."""
     device_type = torch.device(device).type
     refused = []
     for backend in ("native", "triton", "reference"):
-        reason = why_not(op, backend, device)
+        reason = why_not(spec, backend, device)
         if reason is None and backend not in (*AUTO.get(device_type, AUTO_ELSEWHERE), "reference"):
             reason = f"runs on {device_type} only when asked for"
         if reason is None:
             detail = f" ({'; '.join(refused)})" if refused else ""
-            bound = _bound(op) if backend == "reference" else ""
-            return f"{op} on {device_type}: {backend}{detail}{bound}"
+            bound = _bound(spec) if backend == "reference" else ""
+            return f"{spec.name} on {device_type}: {backend}{detail}{bound}"
         refused.append(f"{backend}: {reason}")
     raise AssertionError("the reference runs everywhere")
