@@ -27,7 +27,7 @@ from pssl.core.threads import over_images
 from pssl.data.open import DataFolder, open_data
 from pssl.data.origin import Origin, folder_from, require_classes, splits_from
 from pssl.data.split import Split, open_split
-from pssl.data.voc import read_label_png
+from pssl.data.voc import read_label_png, server_folder
 from pssl.models.checkpoints import load_segmenter
 from pssl.models.deeplab import DeepLab
 from pssl.scoring.results import commit, iou_table, versions
@@ -67,9 +67,7 @@ class SegmentConfig:
     @property
     def predictions(self) -> Path:
         """The folder of predictions."""
-        return (
-            self.out / "results/VOC2012/Segmentation" / f"comp6_{Path(self.data.splits.val_split).stem}_cls"
-        )
+        return server_folder(self.out, self.data.splits.val_split)
 
 
 def predict(config: SegmentConfig, folder: DataFolder, split: Split, net: DeepLab, log: Log) -> None:

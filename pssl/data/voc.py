@@ -175,6 +175,11 @@ class VOCFolder:
         return resolve_image_labels(self.root, list(ids), self.classes, self.label_source)
 
 
+def server_folder(out: Path, split: str) -> Path:
+    """Return the folder below `out` in which the VOC 2012 evaluation server looks for the label PNGs of a split."""
+    return out / "results/VOC2012/Segmentation" / f"comp6_{Path(split).stem}_cls"
+
+
 def read_label_png(path: Path, highest: int) -> np.ndarray:
     """A label image uint8 [H,W], values 0..`highest` and 255: a palette PNG's indices, or grey values.
 

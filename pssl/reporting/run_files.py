@@ -15,6 +15,7 @@ from pssl.core.log import STEP_COLUMNS, Log
 from pssl.data.open import DataFolder, open_data
 from pssl.data.origin import folder_from, splits_from
 from pssl.data.split import Split, open_split
+from pssl.data.voc import server_folder
 from pssl.reporting.series import Series
 
 
@@ -136,4 +137,4 @@ class Run:
     @property
     def predictions(self) -> Path:
         """The folder of predictions."""
-        return self.files.segment / "results/VOC2012/Segmentation" / f"comp6_{Path(self.split).stem}_cls"
+        return server_folder(self.files.segment, self.split)
