@@ -87,6 +87,8 @@ def _frame(config: Any) -> Iterator[None]:
     from pssl.core.device import resolve_device
 
     device = resolve_device(setting(config, "device") or "cpu")
+    if device.type == "cuda":  # what collective calls without a tensor go by
+        torch.cuda.set_device(device)
     ranks.start(device)
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

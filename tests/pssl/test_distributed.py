@@ -273,24 +273,37 @@ def test_ranks_resume_to_the_bit(tmp_path):
     assert all(result["same"] for result in found)
 
 
+TINY = [
+    "-m", "pssl.train", "--data.size", "48", "--model.width", "16", "--model.dim", "8",
+    "--schedule.classifier-epochs", "1", "--schedule.arm-epochs", "1", "--schedule.batch-size", "4",
+    "--arms", "rcm+mam", "--inference.scales", "1", "--evaluation.steps", "10", "--pictures", "1",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_the_command_under_torchrun(tiny_root, tmp_path):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-        "-m", "pssl.train", "--data.root", str(tiny_root), "--data.size", "48", "--out", str(tmp_path / "run"),
-        "--model.width", "16", "--model.dim", "8", "--schedule.classifier-epochs", "1",
-        "--schedule.arm-epochs", "1", "--schedule.batch-size", "4", "--arms", "rcm+mam",
-        "--inference.scales", "1", "--evaluation.steps", "10", "--pictures", "1",
+@pytest.mark.parametrize("machines", [1, 2])
+def test_the_command_under_torchrun(tiny_root, tmp_path, machines):
+    """Two ranks on one machine, and one on each of two machines that share data and results."""
+    port, environment = str(free_port()), {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", str(machines), "--nproc-per-node",
+        str(2 // machines), "--master-addr", "127.0.0.1", "--master-port", port,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    job = [*TINY, "--data.root", str(tiny_root), "--out", str(tmp_path / "run")]
+    agents = [
+        subprocess.Popen(
+            [*torchrun, "--node-rank", str(number), *job],
+            cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(machines)
+    ]  # fmt: skip
+    outputs = [agent.communicate(timeout=300) for agent in agents]
+    for agent, (_, errors) in zip(agents, outputs, strict=True):
+        assert agent.returncode == 0, errors[-3000:]
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     scores = metrics["runs"][0]["arms"]["rcm+mam"]["readouts"]["cam"]
     assert metrics["ranks"] == 2 and (scores["train"]["images"], scores["val"]["images"]) == (16, 6)
-    assert done.stdout.count("mIoU val") == 1, "only the first rank reports"
+    assert sum(said.count("mIoU val") for said, _ in outputs) == 1, "only the first rank reports"
 
 
 def test_shares_and_gathering_alone():
