@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pssl.config.values import PART, Floats, require
 
-Layout = Literal["auto", "voc", "coco"]
+Layout = Literal["auto", "voc", "coco", "folders", "table"]
 
 
 @dataclass
@@ -16,23 +16,32 @@ class FolderConfig:
     """Where images, image-level labels and masks are."""
 
     root: Path | None = None
-    """Folder in VOC's layout, or COCO's. None: the embedded synthetic set, written once to the cache folder."""
+    """Folder of pictures: a folder for each class, pictures with a table (labels.csv, labels.json), VOC's layout or
+    COCO's. None: the embedded synthetic set, written once to the cache folder."""
     layout: Layout = "auto"
     """"voc": JPEGImages, SegmentationClass, ImageSets; "coco": annotations/instances_SPLIT.json and image folders;
-    "auto": COCO's where there are such annotations."""
+    "folders": a folder for each class; "table": pictures and a table of labels; "auto": what is there."""
     variant: Literal["parts", "uniform"] = "parts"
     """Variant of the embedded set. "parts": objects have a small discriminative part and a plain body, which is
     where CAMs fail; "uniform": objects are discriminative all over (the control)."""
     labels: str = "auto"
     """Image-level labels: "main" (ImageSets/Main), "annotations" (XML), "auto" (XML where it is there, else Main;
-    COCO: its objects), or a file: .csv, or the cls_labels.npy of AffinityNet and IRN, which is not unpickled."""
+    COCO: its objects; pictures: their folders or table), or a file: a table (.csv, .json), or the cls_labels.npy of
+    AffinityNet and IRN, which is not unpickled."""
     masks: str = "SegmentationClass"
-    """VOC's folder of ground-truth masks; SegmentationClassAug for those of SBD (Hariharan et al. 2011)."""
+    """Folder of ground-truth masks, below the root or anywhere; masks are needed for scores alone, and may be there for
+    some images only. VOC's own; SegmentationClassAug for those of SBD (Hariharan et al. 2011)."""
+    held_out: float = 0.2
+    """Share of the pictures that are held out, where the folder has no lists of images: drawn by a hash of each name,
+    so that a picture is on the same side on every machine, whatever is added."""
     classes: Path | None = None
     """File of class names, one a line, line k being region k. None: the folder's classes.txt, else found in it."""
     check: Literal["headers", "decode", "nothing"] = "headers"
     """What every stage looks at before it starts: whether files are there, whole and of one size ("headers": first and
     last bytes; "decode": every pixel). Images that are not are named and left out."""
+
+    def __post_init__(self) -> None:
+        require("held_out", self.held_out, 0 <= self.held_out < 1, "a share of 0 or more, below 1")
 
 
 @dataclass

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pssl.core.errors import InputError
 
 from .open import DataFolder
-from .voc import load_image
+from .pictures import load_image, open_picture, shown_size
 
 __all__ = ["Problems", "check_images", "check_labels"]
 
@@ -53,13 +52,17 @@ def check_images(
         size = _attempt(found, _whole, folder.image_path(image_id), decode)
         if found:
             problems.images[image_id] = found
-        if not masks:
+        path = folder.mask_path(image_id) if masks else None
+        if not masks or (path is None and not folder.has_mask(image_id)):
             continue
         found = []
-        path = folder.mask_path(image_id)
         if path is not None:
             mask_size = _attempt(found, _whole, path, False)
-            if None not in (size, mask_size) and size != mask_size:
+            # some tools draw on the stored pixels of an image that EXIF turns
+            if None not in (size, mask_size) and mask_size not in (
+                size,
+                _stored_size(folder.image_path(image_id)),
+            ):
                 found.append(f"{path}: expected the image's {size} pixels (width, height), got {mask_size}")
         if decode and not found:
             mask = _attempt(found, folder.mask, image_id)
@@ -101,14 +104,19 @@ def _attempt(found: list[str], read, *arguments):
         return None
 
 
+def _stored_size(path: Path) -> tuple[int, int]:
+    with open_picture(path) as picture:
+        return picture.size
+
+
 def _whole(path: Path, decode: bool) -> tuple[int, int]:
     """An image file's width and height. FileNotFoundError, or ValueError for one that is none or is cut off."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with Image.open(path) as picture:
-            size, end = picture.size, END.get(picture.format or "")
-    except OSError:
+        with open_picture(path) as picture:
+            size, end = shown_size(picture), END.get(picture.format or "")
+    except InputError:
         raise InputError(f"{path}: not an image") from None
     if not decode:
         with path.open("rb") as stream:

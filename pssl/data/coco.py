@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,8 @@ from pssl.core.errors import InputError
 from .image_labels import check_id
 from .label_files import labels_from_file
 from .outlines import decode_run_lengths, fill_polygon, parse_run_lengths
-from .voc import load_image
+from .pictures import load_image
+from .voc import check_class_names, mask_like_image
 
 __all__ = ["COCOFolder"]
 
@@ -76,6 +78,8 @@ class COCOFolder:
         return len(self.classes)
 
     has_parts = False
+    read_as = "COCO's layout"
+    notes = ()
 
     def __repr__(self) -> str:
         return f"COCOFolder({str(self.root)!r}, splits {', '.join(self.splits)})"
@@ -93,8 +97,12 @@ class COCOFolder:
         return (inner if inner.is_dir() else self.root / split) / image.file
 
     def mask_path(self, image_id: str) -> None:
-        """None: masks are drawn from the annotations."""
+        """Return None: masks are drawn from the annotations."""
         return None
+
+    def has_mask(self, image_id: str) -> bool:
+        """Return whether all objects of the image have an outline; boxes and categories alone are image labels only."""
+        return all(outline for *_, outline in self._find(image_id)[1].objects)
 
     def image(self, image_id: str) -> np.ndarray:
         """The image, uint8 [H,W,3] RGB. FileNotFoundError where missing, ValueError where damaged."""
@@ -113,7 +121,7 @@ class COCOFolder:
                 mask[_draw(outline, image.height, image.width)] = region
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{self._annotations(split)}: image {image_id}: {error}") from None
-        return mask
+        return mask_like_image(mask, self.image_path(image_id))
 
     def parts(self, image_id: str) -> None:
         """None: COCO says nothing about parts."""
@@ -147,6 +155,7 @@ class COCOFolder:
                 # Outlines become small arrays while the file is read: as Python's lists they take ten times the room.
                 content = json.loads(path.read_bytes(), object_hook=_compact)
                 categories = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
+                check_class_names(list(categories.values()), "categories")
                 if self._categories and categories != self._categories:
                     raise InputError("its categories differ from another split's")
                 self._categories = categories
@@ -166,20 +175,43 @@ def _compact(entry: dict) -> dict:
 
 
 def _index(content: dict, categories: dict[int, str]) -> dict[str, _Image]:
-    """The images of one annotation file by id."""
+    """Return the images of one annotation file by id."""
     region = {category: number for number, category in enumerate(sorted(categories), 1)}
-    images: dict[int, _Image] = {}
+    images: dict[Any, _Image] = {}
     for entry in content["images"]:
-        check_id(Path(entry["file_name"]).stem, "file_name")
-        images[entry["id"]] = _Image(Path(entry["file_name"]).name, int(entry["height"]), int(entry["width"]))
+        file, number = str(entry["file_name"]), entry["id"]
+        if number in images:
+            raise InputError(f"images {images[number].file} and {file} share the id {number}")
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(f"expected file names below the folder of images, got {file!r}")
+        images[number] = _Image(file, int(entry["height"]), int(entry["width"]))
     for entry in content["annotations"]:
         for key, known in (("image_id", images), ("category_id", region)):
             if entry[key] not in known:
                 raise InputError(f"an annotation whose {key} {entry[key]!r} nothing has")
         images[entry["image_id"]].objects.append(
-            (region[entry["category_id"]], bool(entry.get("iscrowd")), entry["area"], entry["segmentation"])
+            (
+                region[entry["category_id"]],
+                bool(entry.get("iscrowd")),
+                float(entry.get("area") or 0),
+                entry.get("segmentation"),
+            )
         )
-    return {Path(image.file).stem: image for image in images.values()}
+    return dict(zip(_ids_of([image.file for image in images.values()]), images.values(), strict=True))
+
+
+def _ids_of(files: list[str]) -> list[str]:
+    """Return an id for each file: its name without ending, or what more of its path tells it from the others."""
+    ids = [Path(file).stem for file in files]
+    for form in (lambda path: "__".join(path.with_suffix("").parts), lambda path: "__".join(path.parts)):
+        shared = {image_id for image_id, count in Counter(ids).items() if count > 1}
+        ids = [form(Path(file)) if i in shared else i for i, file in zip(ids, files, strict=True)]
+    twice = [file for file, count in Counter(files).items() if count > 1]
+    if twice or len(set(ids)) < len(ids):
+        raise InputError(f"several images are the file {(twice or files)[0]}")
+    for image_id in ids:
+        check_id(image_id, "file_name")
+    return ids
 
 
 def _draw(outline: Any, height: int, width: int) -> np.ndarray:

@@ -8,7 +8,7 @@ difficult object is drawn in VOC's segmentation masks like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,7 +18,7 @@ import numpy as np
 
 from pssl.core.errors import InputError
 
-from .label_files import labels_from_file
+from .label_files import labels_from_file, read_table_text
 
 __all__ = [
     "LabelSource",
@@ -54,26 +54,28 @@ def check_id(image_id: str, where: str) -> None:
         raise InputError(f"{where}: expected an image id such as 2007_000032, got {image_id!r}")
 
 
-def read_list(path: Path) -> list[ListedImage]:
+def read_list(path: Path, is_image: Callable[[str], bool] = lambda name: False) -> list[ListedImage]:
     """The images of a list file, in order: an id a line, or files as the lists of SBD's train_aug name them.
 
     A line is ``2007_000032``, whatever follows, or ``/JPEGImages/a.jpg /SegmentationClassAug/a.png``, image and (if
-    there) mask, below the data folder; the id is then the image's file name. Raises FileNotFoundError where the list is
-    missing; ValueError, naming file and line, for an id that is no file name, a path that leaves the data folder, and
-    for an id that stands there twice.
+    there) mask, below the data folder; the id is then the image's file name. An id with blanks is taken whole where
+    `is_image` says that the line is one. Raises FileNotFoundError where the list is missing; InputError, naming file
+    and line, for an id that is no file name, a path that leaves the data folder, and an id that stands there twice.
     """
     found: dict[str, ListedImage] = {}
     lines: dict[str, int] = {}
-    for number, fields in _rows(path):
+    for number, line in _lines(path):
         where = f"{path}, line {number}"
         image = mask = None
+        fields = [line] if is_image(line) else line.split()
         image_id = fields[0]
         if Path(fields[0]).suffix.lower() in (".jpg", ".jpeg", ".png"):
             image, mask = _inside(fields[0], where), _inside(fields[1], where) if len(fields) > 1 else None
             image_id = Path(image).stem
         check_id(image_id, where)
         if image_id in found:
-            raise InputError(f"{where}: image {image_id!r} is already on line {lines[image_id]}")
+            hint = "; a blank ends an id, unless the line names a picture" if " " in line else ""
+            raise InputError(f"{where}: image {image_id!r} is already on line {lines[image_id]}{hint}")
         found[image_id], lines[image_id] = ListedImage(image_id, image, mask), number
     return list(found.values())
 
@@ -86,14 +88,12 @@ def _inside(name: str, where: str) -> str:
     return inner
 
 
-def _rows(path: Path) -> Iterable[tuple[int, list[str]]]:
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines of a list that are not empty, with their numbers."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such list of images")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, got other bytes ({error.reason})") from None
-    return [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = read_table_text(path).splitlines()
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def class_files(root: Path, splits: Sequence[str] = ()) -> dict[str, list[Path]]:
@@ -119,7 +119,8 @@ def class_files(root: Path, splits: Sequence[str] = ()) -> dict[str, list[Path]]
 def _has_two_columns(path: Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as file:
         first = next((line for line in file if line.strip()), "a 1")  # an empty class list is still one
-    return len(first.split()) == 2
+    fields = first.split()
+    return len(fields) == 2 or (len(fields) > 2 and fields[-1] in ("-1", "0", "1"))  # ids may hold blanks
 
 
 def from_image_sets(root: str | Path, ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -146,7 +147,8 @@ def _main_labels(root: Path, ids: Sequence[str], classes: Sequence[str]) -> tupl
             )
         values: dict[str, str] = {}
         for path in files[name]:
-            for number, fields in _rows(path):
+            for number, line in _lines(path):
+                fields = line.rsplit(maxsplit=1)
                 if len(fields) != 2 or fields[1] not in ("-1", "0", "1"):
                     got = " ".join(fields)
                     raise InputError(

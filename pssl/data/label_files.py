@@ -19,6 +19,7 @@ from pssl.core.errors import InputError
 from pssl.core.files import write_text
 
 from .inert_pickle import read_array_dict
+from .pictures import ENDINGS
 
 __all__ = ["labels_from_file", "write_label_csv"]
 
@@ -64,14 +65,25 @@ def _keys(image_id: str) -> Iterable[str | int]:
         yield int(runs[-1])
 
 
-def _from_csv(path: Path, classes: Sequence[str]) -> dict[str | int, np.ndarray]:
+def read_table_text(path: Path) -> str:
+    """Return a table's text: UTF-8, or UTF-16 with its byte order mark, as spreadsheets write it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such label file")
+    content = path.read_bytes()
+    encoding = (
+        "utf-16" if len(content) % 2 == 0 and content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    )
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = list(csv.reader(io.StringIO(text, newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: expected CSV in UTF-8, got: {error}") from None
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected text in UTF-8, got other bytes ({error.reason})") from None
+
+
+def _from_csv(path: Path, classes: Sequence[str]) -> dict[str | int, np.ndarray]:
+    try:
+        lines = list(csv.reader(io.StringIO(read_table_text(path), newline="")))
+    except csv.Error as error:
+        raise InputError(f"{path}: expected CSV, got: {error}") from None
     header = [name.strip() for name in lines[0]] if lines else []
     column = {name: index for index, name in enumerate(classes)}
     listed = header[1:] == ["classes"]
@@ -98,10 +110,16 @@ def _from_csv(path: Path, classes: Sequence[str]) -> dict[str | int, np.ndarray]
                 raise InputError(f"{where}: expected {expected}, got {value!r}")
             if listed or value.strip() == "1":
                 row[[column[part] for part in present]] = 1
-        if fields[0] in rows:
-            raise InputError(f"{where}: image {fields[0]!r} stands there twice")
-        rows[fields[0]] = row
+        image_id = _without_ending(fields[0].strip())
+        if image_id in rows:
+            raise InputError(f"{where}: image {image_id!r} stands there twice")
+        rows[image_id] = row
     return rows
+
+
+def _without_ending(name: str) -> str:
+    """Return an image's id where a table names its file."""
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in ENDINGS else name
 
 
 def _from_npy(path: Path, classes: Sequence[str]) -> dict[str | int, np.ndarray]:

@@ -52,12 +52,12 @@ def open_split(folder: DataFolder, split: str, config: FolderConfig, log: Log) -
     """
     ids = folder.ids(split)
     if config.check == "nothing":
-        return Split(split, ids, list(ids))
+        return Split(split, ids, [image_id for image_id in ids if folder.has_mask(image_id)])
     found = check_images(folder, ids, masks=True, decode=config.check == "decode")
     unlabelled = check_labels(folder, [i for i in ids if i not in found.images])
     left_out = {i: lines[0] for i, lines in found.images.items()} | unlabelled
     kept = [image_id for image_id in ids if image_id not in left_out]
-    scored = [image_id for image_id in kept if image_id not in found.masks]
+    scored = [i for i in kept if i not in found.masks and folder.has_mask(i)]
     # a split without any mask has none on purpose
     unscored = {i: found.masks[i][0] for i in kept if i in found.masks} if scored else {}
     # a broken label file is one problem, not one an image

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .check import check_images, check_labels
-from .open import DataFolder, has_mask
+from .open import DataFolder
 
 __all__ = ["FolderSummary", "print_summary", "summarise"]
 
@@ -57,7 +57,7 @@ def summarise(folder: DataFolder, splits: Sequence[str] = (), *, decode: bool = 
         labelled = [image_id for image_id in ids if image_id not in unlabelled]
         if labelled or not unlabelled:
             summary.class_images[split] = folder.image_labels(labelled).sum(0, dtype=int).tolist()
-        with_masks = any(has_mask(folder, image_id) for image_id in ids)
+        with_masks = any(folder.has_mask(image_id) for image_id in ids)
         fresh = [image_id for image_id in ids if image_id not in checked]
         checked.update(fresh)
         found = check_images(folder, fresh, masks=with_masks, decode=decode, compare=decode)
@@ -75,7 +75,11 @@ def summarise(folder: DataFolder, splits: Sequence[str] = (), *, decode: bool = 
 def print_summary(folder: DataFolder, summary: FolderSummary, console: Console | None = None) -> None:
     """Print `summary` as a table of classes and splits, the overlaps, and the first problems."""
     console = console or Console()
-    console.print(f"{folder.root}: {len(folder.classes)} classes", highlight=False, markup=False)
+    console.print(
+        f"{folder.root}: {folder.read_as}; {len(folder.classes)} classes", highlight=False, markup=False
+    )
+    for note in folder.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     table = Table("region", "class", *summary.images, title="Images with the class")
     for index, name in enumerate(folder.classes):
         counts = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pssl.core.errors import InputError
 
+from .hashing import SPLITS, held_out_ids
 from .image_labels import (
     LabelSource,
     ListedImage,
@@ -19,12 +21,21 @@ from .image_labels import (
     read_list,
     resolve_image_labels,
 )
+from .label_files import read_table_text
+from .pictures import find_picture, is_hidden, load_image, open_picture, orientation, pictures_in, upright
 
-__all__ = ["BODY", "IGNORE", "PART", "VOCFolder", "load_image", "read_label_png"]
+__all__ = ["BODY", "IGNORE", "PART", "VOCFolder", "read_label_png"]
 
 IGNORE = 255  # mask and part-map value of pixels that count for nothing
 PART, BODY = 1, 2  # values of `VOCFolder.parts`
 MAX_CLASSES = 254  # 0 is background, 255 is ignore
+TURNS = {
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What EXIF's orientations that exchange width and height ask for."""
 
 
 class VOCFolder:
@@ -37,7 +48,8 @@ class VOCFolder:
             for SBD's.
         classes: a file of class names, one a line; default: found in the folder.
 
-    Needed: ``JPEGImages``, ``ImageSets/Segmentation`` with at least one list, and class names. The names come
+    Needed: ``JPEGImages`` and class names. Splits are the lists of ``ImageSets/Segmentation``, else the plain lists of
+    ``ImageSets/Main``, else "train" and "val" drawn by a hash of the images' names (`held_out`). The names come
     from ``classes.txt`` in the root (one a line, line k is region k), else from
     ``ImageSets/Main/<class>_<split>.txt``, else from all of ``Annotations``, the latter two in alphabetical
     order, which for VOC is the order of its label indices. Raises FileNotFoundError, naming the folder and
@@ -52,6 +64,7 @@ class VOCFolder:
         label_source: LabelSource = "auto",
         masks: str = "SegmentationClass",
         classes: Path | None = None,
+        held_out: float = 0.2,
     ) -> None:
         self.root = Path(root)
         self.label_source = label_source
@@ -60,26 +73,28 @@ class VOCFolder:
         self._listed: dict[str, ListedImage] = {}
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root}: no such data folder (expected one in VOC 2012's layout)")
-        missing = [
-            name for name in ("JPEGImages", "ImageSets/Segmentation") if not (self.root / name).is_dir()
-        ]
-        if missing:
+        if not (self.root / "JPEGImages").is_dir():
             inner = self.root / "VOCdevkit" / "VOC2012"
             hint = f"; did you mean {inner}?" if inner.is_dir() else ""
-            raise FileNotFoundError(
-                f"{self.root}: not in VOC 2012's layout, missing {', '.join(missing)}{hint}"
-            )
-        self.splits: tuple[str, ...] = tuple(
-            sorted(file.stem for file in (self.root / "ImageSets" / "Segmentation").glob("*.txt"))
-        )
-        if not self.splits:
-            raise FileNotFoundError(f"{self.root}: ImageSets/Segmentation has no .txt list of images")
+            raise FileNotFoundError(f"{self.root}: not in VOC 2012's layout, missing JPEGImages{hint}")
+        self._lists = self._find_lists()
+        self._held_out = held_out
+        self.splits: tuple[str, ...] = tuple(self._lists) or SPLITS
         self.classes: tuple[str, ...] = self._find_classes()
 
     @property
     def name(self) -> str:
         """The root's folder name, for reports."""
         return self.root.resolve().name
+
+    notes = ()
+
+    @property
+    def read_as(self) -> str:
+        """How the folder was read, for reports."""
+        return "VOC's layout" + (
+            "" if self._lists else f", no lists: {self._held_out:.0%} held out by a hash of names"
+        )
 
     @property
     def num_classes(self) -> int:
@@ -89,12 +104,21 @@ class VOCFolder:
     def __repr__(self) -> str:
         return f"VOCFolder({str(self.root)!r}, {self.num_classes} classes, splits {', '.join(self.splits)})"
 
+    def _find_lists(self) -> dict[str, Path]:
+        """Return the lists of images by split."""
+        folder = self.root / "ImageSets"
+        lists = {file.stem: file for file in sorted((folder / "Segmentation").glob("*.txt"))}
+        if not lists:  # of Main's lists those of classes say something else
+            of_classes = {file for files in class_files(self.root).values() for file in files}
+            lists = {f.stem: f for f in sorted((folder / "Main").glob("*.txt")) if f not in of_classes}
+        return {name: path for name, path in lists.items() if not is_hidden(path.name)}
+
     def _find_classes(self) -> tuple[str, ...]:
         listed = self._classes_file or self.root / "classes.txt"
         if self._classes_file is not None or listed.is_file():
             if not listed.is_file():
                 raise FileNotFoundError(f"{listed}: no such file of class names")
-            names = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = [line.strip() for line in read_table_text(listed).splitlines() if line.strip()]
             where = str(listed)
         else:
             names = sorted(class_files(self.root, self.splits))
@@ -110,34 +134,41 @@ class VOCFolder:
                 f"{self.root}: no class names: expected classes.txt, ImageSets/Main/<class>_<split>.txt or "
                 f"Annotations/*.xml"
             )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice or len(names) > MAX_CLASSES:
-            got = f"{', '.join(twice)} more than once" if twice else len(names)
-            raise InputError(f"{where}: expected at most {MAX_CLASSES} different class names, got {got}")
-        return tuple(names)
+        return check_class_names(names, where)
 
     def ids(self, split: str) -> list[str]:
-        """Image ids of ``ImageSets/Segmentation/<split>.txt``, or of a list file elsewhere, in the file's order.
+        """Image ids of a split's list, or of a list file elsewhere, in the file's order; without lists, sorted.
 
         A `split` that ends in ".txt" is a file's path; its lines may name files (`read_list`), which `image` and `mask`
         then read. Raises ValueError for a split that the folder does not have, or a list that `read_list` refuses.
         """
-        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
         if split.endswith(".txt"):
             path = Path(split)
         elif split not in self.splits:
             raise InputError(
-                f"{self.root}: no split {split!r}; ImageSets/Segmentation has {', '.join(self.splits)}; "
-                "a list elsewhere is named by its path, which ends in .txt"
+                f"{self.root}: no split {split!r}; expected one of {', '.join(self.splits)}; a list elsewhere is named "
+                "by its path, which ends in .txt"
             )
-        entries = read_list(path)
+        elif not self._lists:
+            ids = sorted(path.stem for path in pictures_in(self.root / "JPEGImages"))
+            held = held_out_ids(ids, self._held_out)
+            return [image_id for image_id in ids if (image_id in held) == (split == "val")]
+        else:
+            path = self._lists[split]
+        images = self.root / "JPEGImages"
+        entries = read_list(path, lambda name: find_picture(images, name).is_file())
         self._listed.update({entry.id: entry for entry in entries if entry.image is not None})
         return [entry.id for entry in entries]
 
     def image_path(self, image_id: str) -> Path:
-        """The image's file, whether it exists or not: what a list named, else ``JPEGImages/<id>.jpg``."""
+        """The image's file: what a list named, else the picture of that name in ``JPEGImages``, whatever its ending.
+
+        Where there is none, ``JPEGImages/<id>.jpg``.
+        """
         listed = self._listed.get(image_id)
-        return self.root / (listed.image if listed and listed.image else f"JPEGImages/{image_id}.jpg")
+        if listed and listed.image:
+            return self.root / listed.image
+        return find_picture(self.root / "JPEGImages", image_id)
 
     def mask_path(self, image_id: str) -> Path:
         """The ground-truth mask's file, whether it exists or not: what a list named, else that of the mask folder."""
@@ -154,7 +185,12 @@ class VOCFolder:
         The palette indices of the PNG (or grey values, as SBD's masks have). Raises FileNotFoundError where
         missing; ValueError, naming the file, for a damaged file, one with colours, or a label above K.
         """
-        return read_label_png(self.mask_path(image_id), self.num_classes)
+        mask = read_label_png(self.mask_path(image_id), self.num_classes)
+        return mask_like_image(mask, self.image_path(image_id))
+
+    def has_mask(self, image_id: str) -> bool:
+        """Return whether the image's mask is there."""
+        return self.mask_path(image_id).is_file()
 
     @cached_property
     def has_parts(self) -> bool:
@@ -173,6 +209,51 @@ class VOCFolder:
     def image_labels(self, ids: Iterable[str]) -> np.ndarray:
         """Image-level labels uint8 [N,K], 1 where the class is in the image, from `label_source`."""
         return resolve_image_labels(self.root, list(ids), self.classes, self.label_source)
+
+
+def check_class_names(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return class names, region 1 first; InputError, naming the place, for names that cannot be used.
+
+    None may stand there twice, differ from another by its case or by how its letters are composed alone, or mean the
+    background, which is region 0 always. There are at most 254.
+    """
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice or not 0 < len(names) <= MAX_CLASSES:
+        got = f"{', '.join(twice)} more than once" if twice else len(names)
+        raise InputError(f"{where}: expected 1 to {MAX_CLASSES} different class names, got {got}")
+    folded: dict[str, str] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFKC", name).casefold().strip()
+        if plain.strip("_") == "background":
+            raise InputError(
+                f"{where}: expected classes without the background, which is region 0, got {name!r}"
+            )
+        if plain in folded:
+            raise InputError(
+                f"{where}: expected different classes, got {folded[plain]!r} and {name!r}, which differ by "
+                "case or spelling of a letter only"
+            )
+        folded[plain] = name
+    return tuple(names)
+
+
+def mask_like_image(mask: np.ndarray, image_path: Path) -> np.ndarray:  # uint8 [H,W]
+    """Return a mask as its picture is shown.
+
+    Some tools draw masks on the stored pixels of a picture that its EXIF orientation turns by a quarter: such a mask
+    has the stored size, and is turned as the picture is.
+    """
+    if not image_path.is_file():
+        return mask
+    with open_picture(image_path) as picture:
+        if (
+            orientation(picture) < 5
+            or mask.shape != (picture.height, picture.width)
+            or picture.width == picture.height
+        ):
+            return mask
+        turn = TURNS[orientation(picture)]
+    return np.asarray(Image.fromarray(mask).transpose(turn))
 
 
 def server_folder(out: Path, split: str) -> Path:
@@ -197,36 +278,13 @@ def read_label_png(path: Path, highest: int) -> np.ndarray:
     return labels
 
 
-def load_image(path: Path) -> np.ndarray:
-    """An image file's pixels, uint8 [H,W,3] RGB. FileNotFoundError where missing, ValueError where damaged."""
-    with _open(path) as picture:
-        return _load(path, picture, "RGB")
-
-
-def _open(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise _damaged(path, error) from None
-
-
-def _load(path: Path, picture: Image.Image, mode: str) -> np.ndarray:
-    try:
-        return np.array(picture.convert(mode))  # a copy: callers may write into it
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: how Pillow reports broken PNG chunks
-        raise _damaged(path, error) from None
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{path}: expected a whole image file, got {path.stat().st_size} bytes that cannot be decoded ({error})"
-    )
-
-
 def _read_indices(path: Path) -> np.ndarray:
-    with _open(path) as picture:
+    with open_picture(path) as picture:
         if picture.mode not in ("P", "L"):
             raise InputError(f"{path}: expected a palette or 8-bit grey PNG, got mode {picture.mode}")
-        return _load(path, picture, picture.mode)
+        try:
+            return np.array(upright(picture))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(
+                f"{path}: expected a whole label image, got one that cannot be decoded ({error})"
+            ) from None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pssl.core.errors import InputError
 from pssl.data.open import DataFolder
+from pssl.data.pictures import open_picture, shown_size
 from pssl.data.transforms import random_colours, random_flip, random_resized_crop, to_float
 from pssl.data.voc import read_label_png
 from pssl.inputs.activations import ActivationSet, resized
@@ -198,8 +199,8 @@ class FileInputs:
         """
         waiting: dict[tuple[int, int], list[int]] = {}
         for index in indices:
-            with Image.open(self.folder.image_path(self.ids[index])) as picture:
-                width, height = picture.size
+            with open_picture(self.folder.image_path(self.ids[index])) as picture:
+                width, height = shown_size(picture)
             group = waiting.setdefault((width, height), [])
             group.append(index)
             if len(group) == max(size * self.size**2 // (width * height), 1):
