@@ -120,7 +120,9 @@ def _masks_folder(root: Path, masks: str) -> Path | None:
         return found
     if Path(masks).is_dir():
         return Path(masks)
-    return None if masks == "SegmentationClass" else found
+    if masks != "SegmentationClass":
+        raise FileNotFoundError(f"data.masks: expected a folder of masks, {found} or {masks}, found neither")
+    return None
 
 
 def open_data(config: FolderConfig) -> DataFolder:

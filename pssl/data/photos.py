@@ -77,8 +77,6 @@ class PhotoFolder:
         self._held = held_out_ids(sorted(self._photos), held_out)
         if not photos:
             raise InputError(f"{self.root}: expected pictures, found none")
-        if masks is not None and not masks.is_dir():
-            raise FileNotFoundError(f"{masks}: expected a folder of masks, found none")
 
     @property
     def name(self) -> str:
@@ -190,8 +188,8 @@ def class_folders(root: Path) -> list[Path]:
 def by_class_folders(root: Path, *, masks: Path | None = None, **more) -> PhotoFolder:
     """Return a folder whose sub-folders are named like the class that all of their pictures show.
 
-    As torchvision's ImageFolder, at any depth below. A picture in several folders is not guessed to be the same. A folder
-    of masks beside them is no class.
+    As torchvision's ImageFolder, at any depth below. A picture in several folders is not guessed to be the same. A
+    folder of masks beside them is no class.
     """
     folders = [folder for folder in class_folders(root) if masks is None or not folder.samefile(masks)]
     classes = check_class_names([folder.name for folder in folders], str(root))
