@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
+from pssl.config.model import Fixed
 from pssl.models.backbones import Backbone
 
-Fixed = Literal["nothing", "norms", "early"]
 N = TypeVar("N", bound="BackboneNet")
 
 

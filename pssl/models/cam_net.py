@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pssl.config.model import Fixed
 from pssl.core.errors import InputError
-from pssl.models.backbone_net import BackboneNet, Fixed
+from pssl.models.backbone_net import BackboneNet
 from pssl.models.backbones import Backbone
 from pssl.models.pixel_correlation import PixelCorrelation
 

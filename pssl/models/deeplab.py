@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pssl.config.model import Fixed, Head
 from pssl.core.errors import InputError
 from pssl.data.transforms import multi_scale, to_float
-from pssl.models.backbone_net import BackboneNet, Fixed
+from pssl.models.backbone_net import BackboneNet
 from pssl.models.backbones import Backbone
-
-Head = Literal["largefov", "v2", "v3plus"]
 
 
 class LargeFOV(nn.Module):
