@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import get_args, get_type_hints
 
 import torch
 from harness import report
@@ -31,17 +30,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pssl.cli import parse
-from pssl.config.model import ModelConfig
 from pssl.config.train import TrainConfig
 from pssl.core.seeding import generator as seeded
 from pssl.inputs.images import ImageInputs
 from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
-from pssl.models.build import net_of
+from pssl.models.backbones import backbone_names
+from pssl.models.build import build_cam_net
 from pssl.models.cam_net import CamOutput
 from pssl.training.optimizer import build_optimizer
 
-BACKBONES = get_args(get_type_hints(ModelConfig)["backbone"])
 CLASSES = 20  # PASCAL VOC's
 METHOD = ("support network", "main network, other scales", "rcm", "mam", "moving average")
 OPERATORS = ("rcm", "mam")
@@ -57,7 +55,7 @@ class Step:
     def __post_init__(self) -> None:
         config, g = self.config, generator()
         torch.manual_seed(0)
-        net = net_of(config.model, CLASSES)  # weights change no time
+        net = build_cam_net(config.model, CLASSES)  # weights change no time
         self.net = net.to(self.device, memory_format=torch.channels_last).train()
         self.objective = Objective(
             config.method, ("rcm", "mam"), classes=CLASSES, dim=self.net.dim, size=config.data.splits.size
@@ -240,8 +238,8 @@ def summary(found: dict) -> str:
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     options = parser(__doc__, "train_step", seconds=60)
-    large = on_gpu and "resnet38d" in BACKBONES
-    options.add_argument("--backbone", choices=BACKBONES, default="resnet38d" if large else "small")
+    large = on_gpu and "resnet38d" in backbone_names()
+    options.add_argument("--backbone", choices=backbone_names(), default="resnet38d" if large else "small")
     options.add_argument(
         "--size", type=int, help="side of the images (default: the recipe's; 448 with ResNet38d)"
     )

@@ -70,7 +70,8 @@ class PipelineConfig:
     @property
     def recipes(self) -> dict[str, str]:
         """The recipes to start from: section to file (see pssl.cli)."""
-        return {**self.train.recipes, "segment": self.segment.recipe_for(self.train.model.backbone)}
+        own = segment.segment_recipes(self.segment, self.train.model.backbone, "segment")
+        return {**self.train.recipes, **own}
 
     @property
     def out(self) -> Path:

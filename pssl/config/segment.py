@@ -10,15 +10,6 @@ from pssl.config.reading import PredictConfig
 from pssl.config.refine import CRFConfig
 from pssl.config.values import Floats
 
-RECIPE_OF_SEGMENTER = {
-    "small": "synthetic",
-    "efficientnet_lite0": "photographs",
-    "resnet38d": "voc12_resnet38d",
-    "timm": "voc12_resnet101",
-}
-"""The recipe (``pssl/recipes/segment/NAME.yaml``) that ``recipe: auto`` stands for, by the segmentation network's
-backbone."""
-
 
 @dataclass
 class SegmentSettings:
@@ -26,7 +17,7 @@ class SegmentSettings:
 
     recipe: str = "auto"
     """Defaults to start from: synthetic, photographs, voc12_resnet38d, voc12_resnet101 (files of pssl/recipes/segment),
-    or "auto": the backbone's own; in pssl.pipeline that of the CAM network's backbone."""
+    or "auto": the backbone's own, none where it names none; in pssl.pipeline that of the CAM network's backbone."""
     size: int | None = None
     """Side in pixels of the square that training shows. None: `data.size`."""
     model: SegmenterConfig = field(default_factory=SegmenterConfig)
@@ -39,7 +30,3 @@ class SegmentSettings:
     where the CAM network had the same backbone, frozen, and `size`."""
     predict: PredictConfig = field(default_factory=PredictConfig)
     crf: CRFConfig = field(default_factory=CRFConfig)
-
-    def recipe_for(self, backbone: str) -> str:
-        """The file of the recipe to start from, below pssl/recipes and without its ending."""
-        return f"segment/{RECIPE_OF_SEGMENTER[backbone] if self.recipe == 'auto' else self.recipe}"

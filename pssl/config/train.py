@@ -5,7 +5,8 @@ from. Flags (``--data.root``) and YAML keys (``data: {root: ...}``) are made fro
 ``OUT/config.yaml`` is the whole configuration as it ran, and running it again repeats the run.
 
 Defaults suit the embedded synthetic data and a small network on a CPU. Another backbone brings its own recipe, a
-YAML file of ``pssl/recipes`` (see :data:`RECIPE_OF_BACKBONE`), applied before ``--config`` and before flags.
+YAML file of ``pssl/recipes`` that its file in ``pssl/models/backbones`` names. A recipe is applied before ``--config``
+and before flags.
 
 "The paper" is Yoon et al., *Exploring Pixel-level Self-supervision for Weakly Supervised Semantic Segmentation*,
 arXiv 2112.05351. "Measured" means chosen on the training part of the data in question.
@@ -24,14 +25,7 @@ from pssl.config.values import Integers, Names, require
 from pssl.core.errors import InputError
 from pssl.method.arms import ARMS, DEFAULT_ARMS
 from pssl.method.terms import TERMS, MethodConfig
-
-RECIPE_OF_BACKBONE = {
-    "small": "synthetic",
-    "efficientnet_lite0": "photographs",
-    "resnet38d": "voc12_resnet38d",
-    "timm": "voc12_resnet50",
-}
-"""The recipe (``pssl/recipes/NAME.yaml``) that ``recipe: auto`` stands for."""
+from pssl.models.backbones import find_backbone
 
 
 @dataclass
@@ -47,7 +41,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     recipe: str = "auto"
     """Defaults to start from: synthetic, photographs, voc12_resnet38d, voc12_resnet50, coco14_resnet50, voc12_vit
-    (files of pssl/recipes), or "auto": the backbone's own."""
+    (files of pssl/recipes), or "auto": the backbone's own, none where it names none."""
     out: Path = Path("runs/train")
     """Folder for everything the run leaves behind."""
     arms: Names = DEFAULT_ARMS
@@ -87,7 +81,9 @@ class TrainConfig:
     @property
     def recipes(self) -> dict[str, str]:
         """The recipes to start from: section to file (see pssl.cli)."""
-        return {"": RECIPE_OF_BACKBONE[self.model.backbone] if self.recipe == "auto" else self.recipe}
+        backbone = find_backbone(self.model.backbone)
+        name = backbone.train_recipe if self.recipe == "auto" else self.recipe
+        return {} if name is None else {"": name}
 
     @property
     def seed_list(self) -> tuple[int, ...]:

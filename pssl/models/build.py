@@ -4,79 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from pssl.config.model import BackboneConfig, ModelConfig, SegmenterConfig
 from pssl.core import checkpoint
+from pssl.core.errors import InputError
 from pssl.core.seeding import derive_seed
-from pssl.models.backbones import build_backbone
-from pssl.models.cam_net import CamNet, build_cam_net
+from pssl.models.backbone_net import BackboneNet
+from pssl.models.backbones import Backbone, build_backbone, find_backbone
+from pssl.models.cam_net import CamNet
 from pssl.models.deeplab import DeepLab
-from pssl.models.weights import PACKAGES, find_weights, load_weights
+from pssl.models.weights import load_weights
+
+N = TypeVar("N", bound=BackboneNet)
+Say = Callable[[str], None]
 
 
 def weights_path(config: BackboneConfig) -> Path | None:
-    """The backbone's weights file, None for a backbone that starts from random weights."""
+    """Return the backbone's weights file; None for a backbone that starts from random weights."""
     if config.weights is not None:
         return config.weights
-    return find_weights(config.backbone) if config.backbone in PACKAGES else None
+    package = find_backbone(config.backbone).weights
+    return None if package is None else package.path()
 
 
-def net_of(config: ModelConfig, classes: int) -> CamNet:
-    """The network that a configuration describes, with random weights."""
-    return build_cam_net(
-        config.backbone,
+def build_cam_net(config: ModelConfig, classes: int) -> CamNet:
+    """Build the network that a configuration describes, with random weights.
+
+    Activations of a frozen backbone are standardised.
+    """
+    return CamNet(
+        build_backbone(config),
         classes,
-        dim=config.dim,
-        width=config.width,
+        config.dim,
         logit_scale=config.logit_scale,
+        standardise=config.frozen,
         frozen=config.frozen,
-        timm=config.timm,
-        output_stride=config.output_stride,
         fixed=config.fixed,
         dropout=config.dropout,
     )
 
 
-def new_net(
-    config: ModelConfig,
-    classes: int,
-    seed: int,
-    say: Callable[[str], None] | None = None,
-    memory_format: torch.memory_format = torch.channels_last,
-) -> CamNet:
-    """A network as training starts from: backbone weights loaded, the rest random by `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights"))
-        net = net_of(config, classes)
-    path = weights_path(config)
-    if path is not None:
-        report = load_weights(net.backbone, path)
-        if say is not None:
-            say(f"backbone weights {report}")
-    elif config.frozen or config.fixed != "nothing":
-        what = "frozen" if config.frozen else f"fixed={config.fixed}"
-        raise ValueError(
-            f"model.{what}: expected a backbone with weights, got random ones; give --model.weights"
-        )
-    return net.to(memory_format=memory_format)
-
-
-def new_pixel_correlation(net: CamNet, seed: int) -> None:
-    """Give `net` SEAM's module with weights drawn by `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "pixel correlation"))
-        net.add_pixel_correlation()
-
-
 def build_segmenter(config: SegmenterConfig, classes: int) -> DeepLab:
-    """The network that a configuration describes, with random weights."""
-    backbone = build_backbone(
-        config.backbone, config.width, timm=config.timm, output_stride=config.output_stride
-    )
+    """Build the network that a configuration describes, with random weights."""
     return DeepLab(
-        backbone,
+        build_backbone(config),
         classes + 1,
         head=config.head,
         dim=config.dim,
@@ -87,33 +61,81 @@ def build_segmenter(config: SegmenterConfig, classes: int) -> DeepLab:
     )
 
 
-def new_segmenter(config: SegmenterConfig, classes: int, seed: int) -> tuple[DeepLab, str]:
-    """A network as training starts from, and a line that says where its backbone's weights are from.
+def new_net(
+    config: ModelConfig,
+    classes: int,
+    seed: int,
+    say: Say | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> CamNet:
+    """Build the network that training starts from; `say` takes a line that tells where its backbone's weights are from.
 
-    They are those of a checkpoint of pssl.train (`init`), else of a weights file, else random by `seed`.
+    They are those of a weights file, else random by `seed`, as all other weights are. Raises InputError for a frozen
+    or fixed backbone of random weights.
     """
+    return _new(build_cam_net, config, classes, derive_seed(seed, "weights"), say).to(
+        memory_format=memory_format
+    )
+
+
+def new_segmenter(config: SegmenterConfig, classes: int, seed: int, say: Say | None = None) -> DeepLab:
+    """Build the segmentation network that training starts from, as :func:`new_net` does.
+
+    The weights of its backbone are those of a checkpoint of pssl.train where `init` names one.
+    """
+    net = _new(build_segmenter, config, classes, derive_seed(seed, "segment", "weights"), say)
+    return net.to(memory_format=torch.channels_last)
+
+
+def new_pixel_correlation(net: CamNet, seed: int) -> None:
+    """Give `net` SEAM's module with weights drawn by `seed` alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "segment", "weights"))
-        net = build_segmenter(config, classes)
-    path, told = weights_path(config), "backbone weights random"
-    if config.frozen and path is None and config.init is None:
-        raise ValueError(
-            "model.frozen: expected a backbone with weights, got random ones; give --model.weights"
+        torch.manual_seed(derive_seed(seed, "pixel correlation"))
+        net.add_pixel_correlation()
+
+
+def _new(
+    build: Callable[[BackboneConfig, int], N],
+    config: BackboneConfig,
+    classes: int,
+    seed: int,
+    say: Say | None,
+) -> N:
+    """Build a network with random weights by `seed`, and load those of its backbone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = build(config, classes)
+    source = _load_backbone(net.backbone, config)
+    if source is None and (net.frozen or net.fixed != "nothing"):
+        kept = "frozen" if net.frozen else f"fixed={net.fixed}"
+        raise InputError(
+            f"model.{kept}: expected a backbone with weights, got random ones; give --model.weights"
         )
-    if config.init is not None:
-        tensors, description = checkpoint.load_weights(config.init)
-        prefix = "net.backbone."
-        own = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
-        shapes = [
-            {name: value.shape for name, value in state.items()} for state in (own, net.backbone.state_dict())
-        ]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{config.init}: expected the weights of a trained {config.backbone} backbone of this width, got "
-                f"those of {description['model']['backbone']}, {len(own)} tensors"
-            )
-        net.backbone.load_state_dict(own)
-        told = f"backbone weights of {config.init}"
-    elif path is not None:
-        told = f"backbone weights {load_weights(net.backbone, path)}"
-    return net.to(memory_format=torch.channels_last), told
+    if say is not None:
+        say(f"backbone weights {source or 'random'}")
+    return net
+
+
+def _load_backbone(backbone: Backbone, config: BackboneConfig) -> str | None:
+    """Load the weights that a configuration names, and return their source in words; None where it names none."""
+    if isinstance(config, SegmenterConfig) and config.init is not None:
+        _load_trained_backbone(backbone, config.backbone, config.init)
+        return f"of {config.init}"
+    path = weights_path(config)
+    return None if path is None else str(load_weights(backbone, path))
+
+
+def _load_trained_backbone(backbone: Backbone, name: str, path: Path) -> None:
+    """Load the backbone of a checkpoint of pssl.train; InputError where it is another or was frozen."""
+    tensors, description = checkpoint.load_weights(path)
+    prefix = "net.backbone."
+    held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    shapes, expected = (
+        {key: value.shape for key, value in state.items()} for state in (held, backbone.state_dict())
+    )
+    if shapes != expected:
+        raise InputError(
+            f"{path}: expected the weights of a trained {name} backbone of this width, got those of "
+            f"{description['model']['backbone']}, {len(held)} tensors"
+        )
+    backbone.load_state_dict(held)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pssl.models.backbones import build_backbone, fixed_modules
+from pssl.config.model import Fixed
+from pssl.core.errors import InputError
+from pssl.models.backbone_net import BackboneNet
+from pssl.models.backbones import Backbone
 from pssl.models.pixel_correlation import PixelCorrelation
-
-Fixed = Literal["nothing", "norms", "early"]
 
 
 class CamOutput(NamedTuple):
-    """What one pass gives: `features` [B,D,h,w] (not negative) and `cam` [B,K,h,w] (signed).
+    """Maps of one pass: `features` [B,D,h,w] (not negative) and `cam` [B,K,h,w] (signed).
 
     `refined` are the region scores [B,1+K,h,w] of a pixel correlation module, None without one.
     """
@@ -26,26 +27,24 @@ class CamOutput(NamedTuple):
 
     @property
     def maps(self) -> Tensor:
-        """The class maps [B,K,h,w] to be read, not negative: refined where they are, else the CAM's positive part."""
+        """The class maps [B,K,h,w] to read, not negative: refined where they are, else the CAM's positive part."""
         return self.cam.relu() if self.refined is None else self.refined[:, 1:]
 
 
-class CamNet(nn.Module):
+class CamNet(BackboneNet):
     """Backbone -> 1x1 conv -> ReLU = features -> 1x1 conv without bias = CAM.
 
     Without a bias the pooled CAM is the class logit, so a location's CAM value is its share of that logit (Zhou et
     al. 2016, in the fully convolutional form of AffinityNet and SEAM).
 
     Args:
-        backbone: module with `channels`, `stride`, `normalise`.
+        backbone: of :mod:`pssl.models.backbones`.
         classes: K.
         dim: D.
         logit_scale: factor on the CAM, and so on the logits (see `ModelConfig.logit_scale`).
         standardise: give each backbone channel zero mean and unit spread first, with the constants of
             :meth:`set_channel_statistics`; for frozen backbones, whose channels differ in scale.
-        frozen: keep the backbone in eval mode and without gradient.
-        fixed: what of a backbone that is trained stays as it is: "nothing"; "norms", statistics and weights of its
-            batch norms; "early", these and its `early_layers()`.
+        frozen, fixed: what of the backbone training leaves as it is (:class:`BackboneNet`).
         dropout: share of the activations' channels that training drops.
 
     `pixel_correlation` is None, or SEAM's module after :meth:`add_pixel_correlation`.
@@ -53,7 +52,7 @@ class CamNet(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         classes: int,
         dim: int,
         *,
@@ -63,12 +62,7 @@ class CamNet(nn.Module):
         fixed: Fixed = "nothing",
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone.requires_grad_(not frozen)
-        self.frozen = frozen
-        self.fixed = fixed
-        for module in fixed_modules(backbone, fixed):
-            module.requires_grad_(False)
+        super().__init__(backbone, frozen=frozen, fixed=fixed)
         self.dropout = nn.Dropout2d(dropout)
         self.logit_scale = logit_scale
         self.standardise = standardise
@@ -100,29 +94,20 @@ class CamNet(nn.Module):
         """D."""
         return self.classifier.in_channels
 
-    def train(self, mode: bool = True) -> CamNet:
-        """Training mode for everything but a frozen backbone and fixed layers."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        for module in fixed_modules(self.backbone, self.fixed):
-            module.eval()
-        return self
-
     def set_channel_statistics(self, mean: Tensor, std: Tensor) -> None:  # [channels], [channels]
-        """Constants of the standardisation, from the training images."""
+        """Set the constants of the standardisation, from the training images."""
         self.channel_mean.copy_(mean)
         self.channel_std.copy_(std)
 
     def forward(self, inputs: Tensor) -> CamOutput:  # [B,3,H,W] normalised, or [B,channels,h,w]
-        """Features and CAM of normalised images, or of the backbone's (cached) activations."""
+        """Return features and CAM of normalised images, or of the backbone's (cached) activations."""
         if self.pixel_correlation is not None and not self.frozen:
-            activations, low = self.backbone.read(inputs)
-            return self.head(activations.to(self.embed.weight.dtype), low, inputs)
+            maps = self.backbone.pyramid(inputs)
+            return self.head(maps.activations.to(self.embed.weight.dtype), maps.low, inputs)
         return self.head(self.activations(inputs))
 
     def activations(self, inputs: Tensor) -> Tensor:  # as forward
-        """What the head reads, [B,channels,h,w] in the type of its weights. Constant if the backbone is frozen."""
+        """Return the head's input, [B,channels,h,w] in the type of its weights. Constant if the backbone is frozen."""
         if inputs.shape[1] == 3:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 inputs = self.backbone(inputs)
@@ -139,7 +124,7 @@ class CamNet(nn.Module):
         | None = None,  # the backbone's earlier activations; None: the last ones in their place
         images: Tensor | None = None,  # [B,3,H,W] normalised
     ) -> CamOutput:
-        """Features and CAM, and refined scores if there is a module for them, from the backbone's activations."""
+        """Return features and CAM, and refined scores if the network has a module for them."""
         features = self.embed(self.dropout(activations)).relu()
         cam = self.classifier(features) * self.logit_scale
         if self.pixel_correlation is None:
@@ -148,50 +133,23 @@ class CamNet(nn.Module):
 
     @staticmethod
     def logits(cam: Tensor) -> Tensor:  # [B,K,h,w]
-        """Class logits [B,K], at least float32: the CAM's global mean."""
+        """Return class logits [B,K], at least float32: the CAM's global mean."""
         return cam.mean((2, 3), dtype=torch.promote_types(cam.dtype, torch.float32))
 
     def twin(self) -> CamNet:
-        """A copy with weights of its own; a frozen backbone is shared."""
+        """Return a copy with weights of its own; a frozen backbone is shared."""
         shared = {id(self.backbone): self.backbone} if self.frozen else {}
         return copy.deepcopy(self, shared)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The state dict without a frozen backbone, which its own weights file holds."""
+        """Return the state dict without a frozen backbone, which its own weights file holds."""
         state = self.state_dict()
         return {k: v for k, v in state.items() if not (self.frozen and k.startswith("backbone."))}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`trained_state`."""
+        """Load what :meth:`trained_state` returned; InputError where names differ."""
         own = self.trained_state()
         if state.keys() != own.keys():
             odd = sorted(state.keys() ^ own.keys())
-            raise ValueError(f"CamNet: expected the tensors of this architecture, names differ in {odd[:5]}")
+            raise InputError(f"CamNet: expected the tensors of this architecture, names differ in {odd[:5]}")
         self.load_state_dict(state, strict=not self.frozen)
-
-
-def build_cam_net(
-    name: str,
-    classes: int,
-    *,
-    dim: int,
-    width: int = 64,
-    logit_scale: float = 1.0,
-    frozen: bool = False,
-    timm: str = "resnet50",
-    output_stride: int | None = None,
-    fixed: Fixed = "nothing",
-    dropout: float = 0.0,
-) -> CamNet:
-    """A :class:`CamNet` on the backbone of that name. Activations of a frozen backbone are standardised."""
-    backbone = build_backbone(name, width, timm=timm, output_stride=output_stride)
-    return CamNet(
-        backbone,
-        classes,
-        dim,
-        logit_scale=logit_scale,
-        standardise=frozen,
-        frozen=frozen,
-        fixed=fixed,
-        dropout=dropout,
-    )

@@ -12,7 +12,8 @@ import torch
 from pssl.config.mapping import from_dict, to_dict
 from pssl.config.model import ModelConfig, SegmenterConfig
 from pssl.core import checkpoint
-from pssl.models.build import build_segmenter, net_of, weights_path
+from pssl.core.errors import InputError
+from pssl.models.build import build_cam_net, build_segmenter, weights_path
 from pssl.models.cam_net import CamNet
 from pssl.models.deeplab import DeepLab
 from pssl.models.prototypes import Prototypes
@@ -59,16 +60,16 @@ def save_net(
 
 
 def load_net(path: Path, device: torch.device | str = "cpu") -> TrainedNet:
-    """The network of :func:`save_net`, in eval mode."""
+    """Load the network of :func:`save_net`, in eval mode."""
     tensors, description = checkpoint.load_weights(path)
     model = from_dict(ModelConfig, description["model"], str(path))
-    net = net_of(model, len(description["classes"]))
+    net = build_cam_net(model, len(description["classes"]))
     if description.get("pixel_correlation"):
         net.add_pixel_correlation()
     if model.frozen:
         source = weights_path(model)
         if file_digest(source) != description["backbone_digest"]:
-            raise ValueError(
+            raise InputError(
                 f"{path}: expected backbone weights with sha256 {description['backbone_digest'][:12]}, "
                 f"got {file_digest(source)[:12]} from {source}"
             )
@@ -97,10 +98,10 @@ def save_segmenter(path: Path, net: DeepLab, config: SegmenterConfig, classes: S
 
 
 def load_segmenter(path: Path, classes: Sequence[str]) -> DeepLab:
-    """The network of :func:`save_segmenter`, in eval mode; ValueError where it knows other classes."""
+    """Load the network of :func:`save_segmenter`, in eval mode; InputError where it knows other classes."""
     tensors, description = checkpoint.load_weights(path)
     if description.get("classes") != list(classes) or "segmenter" not in description:
-        raise ValueError(f"{path}: expected a segmentation network of {tuple(classes)}, got {description}")
+        raise InputError(f"{path}: expected a segmentation network of {tuple(classes)}, got {description}")
     net = build_segmenter(from_dict(SegmenterConfig, description["segmenter"], str(path)), len(classes))
     net.load_state_dict(tensors)
     return net.eval().to(memory_format=torch.channels_last)

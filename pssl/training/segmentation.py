@@ -162,8 +162,7 @@ def new_training(
     log: Log,
 ) -> SegmentTraining:
     """Return the training of a new network on label PNGs in squares of side `side`."""
-    net, told = new_segmenter(settings.model, len(folder.classes), seed)
-    log.say(told)
+    net = new_segmenter(settings.model, len(folder.classes), seed, log.say)
     kind, more = SegmentTraining, {}
     if settings.model.frozen:
         kind = FrozenSegmentTraining

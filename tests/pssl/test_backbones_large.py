@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from pssl.config.model import ModelConfig
-from pssl.models.backbones import SmallBackbone
-from pssl.models.build import net_of, new_net
+from pssl.core.errors import MissingPackage
+from pssl.models.backbones.resnet38d import ResNet38d, name_from_mxnet
+from pssl.models.backbones.small import SmallBackbone
+from pssl.models.build import build_cam_net, new_net
 from pssl.models.cam_net import CamNet
-from pssl.models.resnet38d import ResNet38d, name_from_mxnet
 from pssl.models.weights import best_prefix, load_weights, read_tensors
 
 
@@ -63,7 +64,7 @@ def test_resnet38d_computes_the_layer_table(resnet38d):
     images = torch.rand(1, 3, 30, 41, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, expected_low = literal(resnet38d.state_dict(), images)
-        out, low = resnet38d.read(images)
+        out, low, _ = resnet38d.pyramid(images)
         scale = expected.abs().max()
         assert out.shape == (1, 4096, 4, 6) and [t.shape[1] for t in low] == list(ResNet38d.low_channels)
         torch.testing.assert_close(out / scale, expected / scale, rtol=1e-4, atol=1e-5)
@@ -110,7 +111,7 @@ def test_names_of_mxnet_weights_are_the_networks():
 
 def test_fixed_layers_have_no_gradient_and_no_statistics_of_their_own():
     with torch.device("meta"):
-        net = net_of(ModelConfig(backbone="resnet38d", fixed="early", dropout=0.5), 20).train()
+        net = build_cam_net(ModelConfig(backbone="resnet38d", fixed="early", dropout=0.5), 20).train()
     backbone = net.backbone
     trained = {n.split(".")[0] for n, p in backbone.named_parameters() if p.requires_grad}
     assert trained == {
@@ -189,10 +190,11 @@ def test_timm_networks(timm, tmp_path):
     assert "2 left (fc.weight, fc.bias)" in said[0]
     images = torch.rand(1, 3, 64, 48)
     with torch.no_grad():
-        out, low = net.backbone.read(images)
-        at_32 = net_of(ModelConfig(backbone="timm", timm="resnet18"), 3).backbone
+        out, low, fine = net.backbone.pyramid(images)
+        at_32 = build_cam_net(ModelConfig(backbone="timm", timm="resnet18"), 3).backbone
         load_weights(at_32, config.weights)
         torch.testing.assert_close(at_32.eval()(images), source.eval().forward_features(images))
+    assert fine.shape == (1, net.backbone.fine_channels, 16, 12)
     assert out.shape == (1, 512, 4, 3) and [t.shape[1] for t in low] == list(net.backbone.low_channels)
     assert torch.equal(net.backbone.normalise(images), (images - images.new_tensor(net.backbone.mean).view(3, 1, 1))
                        / images.new_tensor(net.backbone.std).view(3, 1, 1))  # fmt: skip
@@ -210,6 +212,7 @@ def test_timm_transformer(timm, tmp_path):
             net.backbone(images).flatten(2).transpose(1, 2), tokens, rtol=1e-4, atol=1e-4
         )
         assert net.backbone(torch.rand(1, 3, 70, 33)).shape == (1, 192, 4, 2)
+        assert net.backbone.fine_channels is None and net.backbone.pyramid(images).fine is None
 
 
 @pytest.mark.parametrize(
@@ -233,14 +236,14 @@ def test_missing_or_broken_timm_is_said_in_words(tmp_path, monkeypatch, content,
     else:
         (tmp_path / "timm.py").write_text(content)
         monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=rf"model\.backbone=timm: {message}"):
-        net_of(ModelConfig(backbone="timm"), 3)
+    with pytest.raises(MissingPackage, match=rf"model\.backbone=timm: {message}"):
+        build_cam_net(ModelConfig(backbone="timm"), 3)
 
 
 def test_timm_errors(timm):
     with pytest.raises(ValueError, match=r"model\.timm: expected a name of timm .*, got 'resnet5000'"):
-        net_of(ModelConfig(backbone="timm", timm="resnet5000"), 3)
+        build_cam_net(ModelConfig(backbone="timm", timm="resnet5000"), 3)
     with pytest.raises(
         ValueError, match=r"model\.output_stride: vit_tiny_patch16_224 does not offer stride 8"
     ):
-        net_of(ModelConfig(backbone="timm", timm="vit_tiny_patch16_224", output_stride=8), 3)
+        build_cam_net(ModelConfig(backbone="timm", timm="vit_tiny_patch16_224", output_stride=8), 3)

@@ -11,7 +11,7 @@ from pssl.method.objective import Objective
 from pssl.method.terms.ppc import PPCConfig, confidences, hard_contrast, ppc_loss, view_of
 from pssl.method.terms.registry import MethodConfig
 from pssl.method.terms.seam import SEAMConfig, seam_loss
-from pssl.models.backbones import SmallBackbone
+from pssl.models.backbones.small import SmallBackbone
 from pssl.models.cam_net import CamNet, CamOutput
 from pssl.models.pixel_correlation import PixelCorrelation
 

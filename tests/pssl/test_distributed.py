@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+from pssl.config.model import ModelConfig
 from pssl.config.optimizer import EngineConfig, ScheduleConfig
 from pssl.core import ranks
 from pssl.inputs.activations import cached_activations
@@ -21,8 +22,9 @@ from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
 from pssl.method.terms.rcm import RCM, RCMConfig
 from pssl.method.terms.registry import MethodConfig
-from pssl.models.backbones import SmallBackbone
-from pssl.models.cam_net import CamNet, CamOutput, build_cam_net
+from pssl.models.backbones.small import SmallBackbone
+from pssl.models.build import build_cam_net
+from pssl.models.cam_net import CamNet, CamOutput
 from pssl.scoring.scoring import Scorer
 from pssl.training.cam import CamTraining
 from pssl.training.loop import epoch_batches, run_training
@@ -128,7 +130,7 @@ def train_unevenly(folder: Path) -> dict:
     result = {"gathered": gather_unevenly()}
     for arm in ("rcm+mam", "seam"):
         torch.manual_seed(0)
-        net = build_cam_net("small", 3, dim=8, width=16, fixed="norms", logit_scale=20.0)
+        net = build_cam_net(ModelConfig(dim=8, width=16, fixed="norms"), 3)
         if arm == "seam":
             net.add_pixel_correlation()
         inputs = ImageInputs(
@@ -231,7 +233,7 @@ def train_with_a_break(folder: Path) -> dict:
 
     def new_training(name: str) -> CamTraining:
         torch.manual_seed(0)
-        net = build_cam_net("small", 3, dim=2048, width=128, fixed="norms", logit_scale=20.0)
+        net = build_cam_net(ModelConfig(dim=2048, width=128, fixed="norms"), 3)
         inputs = ImageInputs(
             [f"i{n}" for n in range(12)], images, labels, net.backbone.normalise, (1, 1), "cpu"
         )

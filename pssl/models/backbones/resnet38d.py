@@ -7,14 +7,15 @@ that code, whose weights files everybody in the field starts from.
 
 from __future__ import annotations
 
-import copy
 import re
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pssl.data.transforms import normalise
+from pssl.config.model import BackboneConfig
+from pssl.models.backbones.base import Backbone, Pyramid
+from pssl.models.backbones.registry import register
 
 
 class _Block(nn.Module):
@@ -42,7 +43,7 @@ class _Block(nn.Module):
             self.conv_branch1 = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [B,C,H,W]
-        """The block's output, and what its first ReLU saw pass (the previous stage's activations)."""
+        """Return the block's output, and that of its first ReLU (the previous stage's activations)."""
         opened = F.relu(self.bn_branch2a(x))
         short = x if self.conv_branch1 is None else self.conv_branch1(opened)
         out = F.relu(self.bn_branch2b1(self.conv_branch2a(opened)), inplace=True)
@@ -65,22 +66,20 @@ class _Bottleneck(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [B,C,H,W]
-        """As `_Block.forward`."""
+        """Return the same as `_Block.forward`."""
         opened = F.relu(self.bn_branch2a(x))
         out = F.relu(self.bn_branch2b1(self.conv_branch2a(opened)), inplace=True)
         out = F.relu(self.bn_branch2b2(self.conv_branch2b1(self.dropout(out))), inplace=True)
         return self.conv_branch2b2(self.dropout(out)) + self.conv_branch1(opened), opened
 
 
-class ResNet38d(nn.Module):
+class ResNet38d(Backbone):
     """Stride 8, 4096 channels; channel dropout 0.3 and 0.5 in the last two blocks (AffinityNet's, SEAM's)."""
 
     stride = 8
     channels = 4096
     low_channels = (512, 1024)
-    """Channels of what `read` gives besides: the activations before b5 and before b6."""
-    fine_layer = "b3_2"  # stride 4, 256 channels
-    fine_index = 0
+    fine_channels = 256
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,17 +101,13 @@ class ResNet38d(nn.Module):
         self.add_module(name, block)
         self._order.append(name)
 
-    def normalise(self, images: Tensor) -> Tensor:  # [B,3,H,W] in 0..1
-        """ImageNet's mean and deviation per channel: what the weights were trained with."""
-        return normalise(images)
-
     def early_layers(self) -> list[nn.Module]:
-        """What AffinityNet and SEAM keep fixed: the stem and the first stage."""
+        """Return the stem and the first stage, which AffinityNet and SEAM keep fixed."""
         return [self.conv1a, self.b2, self.b2_1, self.b2_2]
 
     def folded(self) -> ResNet38d:
-        """A copy for inference in which batch norms that follow a convolution are part of it: the same function."""
-        twin = copy.deepcopy(self).eval()
+        """Return a copy for inference in which batch norms that follow a convolution are part of it."""
+        twin = super().folded()
         for block in (getattr(twin, name) for name in twin._order):
             pairs = [("conv_branch2a", "bn_branch2b1")]
             if isinstance(block, _Bottleneck):
@@ -122,19 +117,27 @@ class ResNet38d(nn.Module):
                 setattr(block, norm, nn.Identity())
         return twin
 
-    def read(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # [B,3,H,W]
-        """`forward`'s activations, and those of `low_channels` channels on the same grid."""
+    def pyramid(self, images: Tensor) -> Pyramid:  # [B,3,H,W]
+        """Return activations [B,4096,ceil(H/8),ceil(W/8)], not negative.
+
+        The earlier maps, on the same grid, are the activations before b5 and before b6; the finer one is the output of
+        stage 3, of stride 4.
+        """
         x = self.conv1a(images)
         low = []
         for name in self._order:
             x, opened = getattr(self, name)(x)
             if name in ("b5", "b6"):
                 low.append(opened)
-        return F.relu(self.bn7(x)), (low[0], low[1])
+            if name == "b3_2":
+                fine = x
+        return Pyramid(F.relu(self.bn7(x)), tuple(low), fine)
 
-    def forward(self, images: Tensor) -> Tensor:  # [B,3,H,W]
-        """Activations [B,4096,ceil(H/8),ceil(W/8)], not negative."""
-        return self.read(images)[0]
+
+@register("resnet38d", train_recipe="voc12_resnet38d", segment_recipe="voc12_resnet38d")
+def build(config: BackboneConfig) -> ResNet38d:
+    """Build it; no setting changes its shape."""
+    return ResNet38d()
 
 
 _MXNET_NAME = re.compile(
@@ -150,7 +153,7 @@ _MXNET_KIND = {
 
 
 def name_from_mxnet(name: str) -> str | None:
-    """Our name of a parameter of the MXNet weights (ilsvrc-cls_rna-a1_cls1000_ep-0001.params); None for others.
+    """Return our name of a parameter of the MXNet weights (ilsvrc-cls_rna-a1_cls1000_ep-0001.params), or None.
 
     There ``res4b2_branch2a_weight`` is the convolution 2a of the third block of stage 4, ``bn7_gamma`` a weight of the
     last batch norm; the classifier over ImageNet's classes has no counterpart.
