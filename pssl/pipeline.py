@@ -31,6 +31,7 @@ from pssl.core.errors import InputError
 from pssl.core.files import write_text
 from pssl.core.log import Log
 from pssl.core.settings_file import write_or_require_same
+from pssl.data.open import open_data
 from pssl.scoring.results import commit, versions
 
 ROLES = ("train", "val")
@@ -226,6 +227,7 @@ def run(config: PipelineConfig, log: Log) -> dict:
     path = config.out / "pipeline.yaml"
     if path.is_file() and not config.train.resume:
         raise InputError(f"{config.out}: expected a new folder without resume, got one with a pipeline.yaml")
+    open_data(config.train.data.folder)  # before anything is written
     moving = ("out", "workers", "threads", "device", "resume")
     write_or_require_same(path, {key: value for key, value in to_dict(config).items() if key not in moving})
     stages = {name: run_stage(name, config, log) for name in STAGES}

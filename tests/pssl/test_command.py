@@ -90,7 +90,7 @@ def test_an_unknown_flag_names_the_nearest(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_stands_in_the_frame(name):
+def test_every_command_stands_in_the_frame(name, tmp_path):
     """A file that is not there is named in one line, whatever the command."""
     flags = {
         "train": ["--data.root", "nowhere"], "pipeline": ["--data.root", "nowhere", "--out", "never"],
@@ -99,7 +99,8 @@ def test_every_command_stands_in_the_frame(name):
         "data.synthetic": ["/proc/nowhere"],
     }  # fmt: skip
     words = [sys.executable, "-m", f"pssl.{name}", *flags[name]]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=os.environ)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=os.environ, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: ") and "nowhere" in lines[0], done.stderr
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
