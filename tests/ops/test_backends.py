@@ -8,6 +8,8 @@ from pssl_ext import backends
 from pssl_ext.registry import OPS, define_op
 from pssl_ext.testing import samples
 
+pytestmark = pytest.mark.interface
+
 
 def first(op):
     return samples(op, "cpu", torch.float32, "contiguous")[0].args
