@@ -3,6 +3,7 @@
 #   make train ARGS="--seed 1"         more arguments for python -m pssl.train
 #   make pipeline                      from image labels to a segmentation network (python -m pssl.pipeline)
 #   make test ARGS="-k contrast"       more arguments for pytest
+#   make check-all                     everything that can be checked without a GPU; .ci/run is the part for a change
 #   make train PYTHON=python3.12       another interpreter for the environment
 #   make train TORCH="torch==2.13.0"   another torch than the one below; or install one into $(VENV) first
 
@@ -16,7 +17,8 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard build_tools/*.py csrc/* csrc/*/*)
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: train pipeline test env install lint format cuda-resources triton-resources clean
+.PHONY: train pipeline test env install lint format cuda-resources triton-resources clean check-all
+.PHONY: test-cuda-emulated test-triton-interpreted
 .PHONY: test-gpu test-gpu-build test-gpu-ops test-gpu-kernels test-gpu-sanitizer test-gpu-large
 .DELETE_ON_ERROR:
 
@@ -28,6 +30,17 @@ pipeline: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The operators' tests over the CUDA kernels, run on the CPU under sanitizers, and over the Triton kernels in Triton's
+# interpreter: tests/emulation.py says which. ARGS="suite -- -k contrast" for the one, "-k contrast" for the other.
+test-cuda-emulated: $(VENV)/.installed-dev
+	$(BIN)/python tests/cuda/run.py $(ARGS)
+
+test-triton-interpreted: $(VENV)/.installed-dev
+	$(BIN)/python tests/triton/run.py $(ARGS)
+
+check-all:
+	bash .ci/run --all
 
 env: $(VENV)/.installed
 	$(BIN)/python -m pssl_ext.env $(ARGS)
@@ -45,13 +58,15 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
 
-# What the CUDA kernels take on every architecture; compiles them all, and needs nvcc but no GPU.
+# What the CUDA kernels take on every architecture, or with ARGS="8.0 9.0" on these; compiles them all, and needs nvcc
+# but no GPU.
 cuda-resources: $(VENV)/.installed-dev
-	$(BIN)/python build_tools/cuda_resources.py
+	$(BIN)/python build_tools/cuda_resources.py $(ARGS)
 
-# What the Triton kernels take on Ampere, Hopper and Blackwell; compiles them all, and needs no GPU.
+# What the Triton kernels take on Ampere, Hopper and Blackwell, or with ARGS=90 on sm_90; compiles them all, and needs
+# no GPU.
 triton-resources: $(VENV)/.installed-dev
-	$(BIN)/python build_tools/triton_resources.py
+	$(BIN)/python build_tools/triton_resources.py $(ARGS)
 
 # On a machine with a GPU, in the Python and with the torch that are there, offline: builds for that GPU, then runs the
 # operators' tests on it and what only a GPU shows. The parts are for machines whose commands are cut off after some

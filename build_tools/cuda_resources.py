@@ -1,11 +1,13 @@
 """What every CUDA kernel takes on every architecture: registers, spilled bytes, static shared memory.
 
-    python build_tools/cuda_resources.py        also: make cuda-resources
+    python build_tools/cuda_resources.py            also: make cuda-resources
+    python build_tools/cuda_resources.py 8.0 9.0    on these; make cuda-resources ARGS="8.0 9.0"
 
-Compiles csrc/*_cuda.cu as an installation with FORCE_CUDA=1 would, warnings as errors, for TORCH_CUDA_ARCH_LIST (all
-supported by default), and prints a table from what ptxas says. Fails where a kernel spills more than SPILL_LIMIT, and
-where the library linked from it does not import in the torch that is installed: in a CPU build the symbols of
-libtorch_cuda are missing. No GPU is needed. Without nvcc it says so and does nothing.
+Compiles csrc/*_cuda.cu as an installation with FORCE_CUDA=1 would, warnings as errors, for the architectures given
+(without any for TORCH_CUDA_ARCH_LIST, by default all that are supported), and prints a table from what ptxas says.
+Fails where a kernel spills more than SPILL_LIMIT, and where the library linked from it does not import in the torch
+that is installed: in a CPU build the symbols of libtorch_cuda are missing. No GPU is needed. Without nvcc it says so
+and does nothing.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ def table(entries: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(architectures: list[str]) -> int:
     """0 where everything compiles, fits and imports."""
     if find_nvcc() is None:
         print("cuda-resources: skipped, there is no nvcc in CUDA_HOME, in /usr/local/cuda or on PATH")
@@ -129,6 +131,8 @@ def main() -> int:
     # one thread for each nvcc: what several of them say at a time would be mixed up
     os.environ |= {"FORCE_CUDA": "1", "PSSL_WERROR": "1", "NVCC_THREADS": "1"}
     os.environ.pop("PSSL_CUDA", None)
+    if architectures:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
     torch = pssl_backend.find_torch()
     cuda, _ = find_cuda(torch)
     folder = Path(os.environ.get("PSSL_BUILD_DIR") or ROOT / "build").resolve() / "cuda_resources"
@@ -149,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

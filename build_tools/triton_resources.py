@@ -1,11 +1,12 @@
 """What every Triton kernel takes: registers, spilled bytes, shared memory, and which matrix instructions it uses.
 
-    python build_tools/triton_resources.py        also: make triton-resources
+    python build_tools/triton_resources.py       also: make triton-resources
+    python build_tools/triton_resources.py 90    on sm_90 alone; make triton-resources ARGS=90
 
 Calls the operators' forward and backward on tensors without memory, takes down what they would launch, and compiles
-that ahead of time as a launch on sm_80, sm_90 or sm_100 would. Fails where a kernel spills more than SPILL_LIMIT,
-where one that multiplies matrices has no matrix instruction, and where one does not compile. No GPU is needed. Without
-Triton it says so and does nothing.
+that ahead of time as a launch on sm_80, sm_90 or sm_100 would, or on those given. Fails where a kernel spills more than
+SPILL_LIMIT, where one that multiplies matrices has no matrix instruction, and where one does not compile. No GPU is
+needed. Without Triton it says so and does nothing.
 """
 
 from __future__ import annotations
@@ -129,15 +130,15 @@ def launches(classes: int) -> list[Launch]:
     return found
 
 
-def compile_all(pool: Executor) -> list[dict]:
+def compile_all(pool: Executor, architectures: list[int]) -> list[dict]:
     """The figures of each kernel."""
     import triton
 
     found = {}
     with triton.AsyncCompileMode(pool):
-        for architecture, numbers in CLASSES.items():
+        for architecture in architectures:
             triton.runtime.driver.set_active(Target(architecture))
-            for launch in itertools.chain.from_iterable(map(launches, numbers)):
+            for launch in itertools.chain.from_iterable(map(launches, CLASSES[architecture])):
                 compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.constants)
                 # Triton itself keeps what it compiled, by the kinds of the arguments
                 found.setdefault(id(compiled), (architecture, launch, compiled))
@@ -207,8 +208,15 @@ def matrix_table(entries: list[dict]) -> str:
     return "\n".join(f"{operator} {kernel}: {', '.join(told)}" for (operator, kernel), told in lines.items())
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """0 where everything compiles and fits."""
+    if unknown := sorted(set(arguments) - {str(a) for a in CLASSES}):
+        known = ", ".join(map(str, CLASSES))
+        print(
+            f"triton-resources: architectures must be of {known}, got {', '.join(unknown)}", file=sys.stderr
+        )
+        return 2
+    architectures = [int(a) for a in arguments] or list(CLASSES)
     if importlib.util.find_spec("triton") is None:
         print("triton-resources: skipped, triton is not installed")
         return 0
@@ -220,7 +228,7 @@ def main() -> int:
 
     # threads: compiling holds Python's lock for a small part of its time
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
-        entries = compile_all(pool)
+        entries = compile_all(pool, architectures)
     print(f"Registers (+ spilled bytes), Triton {triton.__version__}\n{table(entries)}")
     failed = 0
     for entry in entries:
@@ -233,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -8,9 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-pytest_plugins = ["beside"]
-
-# Before torch is loaded. The tests' tensors are small, and processes run beside them (beside.py); tests of what several
+# Before torch is loaded. The tests' tensors are small, and .ci/run runs other things beside them; tests of what several
 # threads may change set their number themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -18,6 +16,14 @@ hypothesis.settings.register_profile("pssl", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("pssl")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole",
+        action="store_true",
+        help="every layout of the operators' samples in every type, and over emulated kernels all of their tests",
+    )
 
 
 @pytest.fixture(autouse=True)

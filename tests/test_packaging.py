@@ -161,6 +161,7 @@ def test_plan_quotes_folders_with_spaces(native, tmp_path):
     assert plan.index("build module.o") < plan.index(": link module.o common/kept_memory.o common/simd.o")
 
 
+@pytest.mark.slow_build
 def test_the_module_is_compiled_apart_from_torch(native, tmp_path):
     """Torch 2.11 makes its copy of pybind11, which is found first, an error beside the macros of its stable ABI."""
     (tmp_path / "include/pybind11").mkdir(parents=True)
@@ -172,6 +173,7 @@ def test_the_module_is_compiled_apart_from_torch(native, tmp_path):
     subprocess.run([*native.find_cxx(), *flags, str(native.ROOT / "csrc/module.cpp")], check=True)
 
 
+@pytest.mark.slow_build
 def test_a_static_standard_library_stays_inside(native, tmp_path):
     """Mixed up with the shared one that is loaded already, it would find no way to print a number."""
     source, library = tmp_path / "text.cpp", tmp_path / "text.so"
@@ -196,6 +198,7 @@ def test_missing_compiler_is_named(source_copy):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow_build
 def test_failing_compiler_names_the_file_and_the_log(source_copy):
     pytest.importorskip("ninja")
     (source_copy / "csrc/common/broken.cpp").write_text("int broken = undeclared_name;\n")

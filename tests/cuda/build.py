@@ -50,6 +50,11 @@ def build() -> Path:
     return output
 
 
+def cuda_sources() -> dict[str, Path]:
+    """The file of each operator that has CUDA kernels."""
+    return {path.stem.removesuffix("_cuda"): path for path in sorted((ROOT / "csrc").glob("*_cuda.cu"))}
+
+
 def build_program(source: str, output: Path) -> Path:
     """A program of one file of this folder, always with the sanitizers."""
     torch = pssl_backend.find_torch()
@@ -89,7 +94,7 @@ def _plan(output: Path, torch: pssl_backend.Torch, folder: Path) -> str:
     compile_to("module.o", ROOT / "csrc/module.cpp", native.module_flags(folder))
     for source in native.common_sources():
         compile_to(f"{source.stem}.o", source, [])
-    for source in sorted((ROOT / "csrc").glob("*_cuda.cu")):
+    for source in cuda_sources().values():
         compile_to(f"{source.stem}.o", source, native.operator_flags("cxx", source))
     link = native.shell([*cxx, "-shared", *sanitizers]) + " $in -o $out "
     lines.append(f"rule link\n  command = {link}{native.shell(native.torch_libraries(torch))}")
@@ -109,14 +114,13 @@ def environment() -> dict[str, str]:
     return variables
 
 
-def skip_where_it_cannot() -> None:
-    """Skips the test that asks."""
-    import pytest
-
+def why_not() -> str | None:
+    """Why nothing can be built and run on this machine; None where it can."""
     if platform.machine() != "x86_64":
-        pytest.skip("cuda_on_cpu.h is written for x86-64")
+        return "cuda_on_cpu.h is written for x86-64"
     if not all(_library(name).startswith("/") for name in ("libasan.so", "libubsan.so")):
-        pytest.skip("the compiler has no libasan and libubsan")
+        return "the compiler has no libasan and libubsan"
+    return None
 
 
 def _library(name: str) -> str:

@@ -41,18 +41,25 @@ def pytest_load_initial_conftests(early_config):
 
 
 def pytest_collection_modifyitems(config, items):
+    from emulation import of_a_kernel
+
+    from build import cuda_sources
     from pssl_ext import dispatch
     from pssl_ext.op import OPS
 
-    kept, left_out = [], []
+    missing = [op for op in OPS if dispatch.why_not(OPS[op], "native", "cpu")]
+    if lost := set(missing) & set(cuda_sources()):
+        raise pytest.UsageError(f"{config.option.cuda_on_cpu} lacks kernels of {', '.join(sorted(lost))}")
+    kept, left_out, taken = [], [], set()
     for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
         # a case of another backend than ours, or the skipped one that says so
         other = any(f"-{backend}-cpu" in item.nodeid for backend in ("auto", "triton", "reference"))
-        (left_out if other and getattr(case, "backend", None) != "native" else kept).append(item)
-        missing = [op for op in OPS if op in item.nodeid and dispatch.why_not(OPS[op], "native", "cpu")]
-        if missing:
-            item.add_marker(pytest.mark.skip(reason=f"no CUDA kernel yet: {missing[0]}"))
+        stays = getattr(case, "backend", None) == "native" if other else True
+        stays = stays and (config.option.whole or of_a_kernel(item, taken))
+        (kept if stays else left_out).append(item)
+        if without := [op for op in missing if op in item.nodeid]:
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA kernel yet: {without[0]}"))
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 

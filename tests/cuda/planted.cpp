@@ -1,5 +1,11 @@
-// A sum over blocks with a fault of choice, for tests of cuda_on_cpu.h itself:  planted FAULT  prints one sum a line.
+// A sum over blocks with a fault of choice, for tests of cuda_on_cpu.h itself:  planted FAULT SEED [FAULT SEED]...
+// prints four sums, one a line, then a line "status N" with the exit status. Each pair runs in a process of its own,
+// since most faults end it; they are forks, since loading torch takes longer than all that they do.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 
 #include "common/cuda_block.cuh"
@@ -48,10 +54,7 @@ __global__ void block_sums(const float* x, int n, float* out) {
   out[planted("order of blocks") ? 0 : blockIdx.x] = total;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  fault = argc > 1 ? argv[1] : "";
+void print_sums() {
   const int n = 1001;
   float* x = new float[n];
   for (int i = 0; i < n; ++i) x[i] = float(i % 7);
@@ -70,4 +73,23 @@ int main(int argc, char** argv) {
     std::printf("%s\n", error.what());
   }
   delete[] x;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const pid_t child = fork();
+    if (child == 0) {
+      fault = argv[i];
+      setenv("PSSL_CUDA_ON_CPU_SEED", argv[i + 1], 1);
+      dup2(STDOUT_FILENO, STDERR_FILENO);
+      print_sums();
+      std::exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    std::printf("status %d\n", WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
+    std::fflush(stdout);
+  }
 }

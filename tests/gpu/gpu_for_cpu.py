@@ -1,6 +1,6 @@
 """A pytest plugin: the operators' tests that are written for CPU tensors, over the kernels of the GPU.
 
-    pytest -p gpu_for_cpu tests/ops/test_oracle_cams.py
+    pytest -p gpu_for_cpu tests/ops/cases/cam_sweep.py
 
 with tests/gpu on PYTHONPATH. The kernels for CPU tensors are replaced: arguments go to the GPU, results come back.
 Since CUDA kernels do not look for labels out of range, PSSL_DEBUG=1 has them found before the call.

@@ -21,9 +21,6 @@ HERE = Path(__file__).resolve().parent
 gpu = pytest.mark.gpu
 every_kernel = pytest.mark.parametrize("op, backend", kernels())
 
-#: beside tests/ops/test_op_*, which have cases on every device themselves
-FOR_CPU = ["test_oracle_cams", "test_oracle_prototypes", "test_oracle_refinement", "test_dense_crf"]
-
 
 @gpu
 @every_kernel
@@ -59,10 +56,11 @@ def test_inductor(op, backend):
 
 
 @gpu
-@pytest.mark.parametrize("name", FOR_CPU)
-def test_the_tests_for_cpu_tensors(name):
+@pytest.mark.parametrize("op", OPS)
+def test_the_tests_for_cpu_tensors(op):
+    """Each operator's own; tests/ops/test_op_* have cases on every device themselves."""
     plugin = ["-p", "gpu_for_cpu", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *plugin, "-q", f"tests/ops/{name}.py", "-k", "not threads"]
+    command = [sys.executable, "-m", "pytest", *plugin, "-q", f"tests/ops/cases/{op}.py", "-k", "not threads"]
     variables = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]))
     found = subprocess.run(
         command, cwd=HERE.parents[1], env=variables, capture_output=True, text=True, check=False

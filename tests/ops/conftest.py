@@ -1,20 +1,21 @@
 """Makes the cases: a test that takes ``case`` runs for every operator of the registry, so a new one is
 tested at once.
 
-``@pytest.mark.cases(dtypes=…, layouts=…, differentiable=True, samples=n)`` narrows them. A backend that
-cannot run gives one skipped test for each operator and device, with the reason.
+``@pytest.mark.cases(dtypes=…, layouts=…, pairwise=True, differentiable=True, count=n)`` narrows them. A backend
+that cannot run gives one skipped test for each operator and device, with the reason.
 """
 
 from itertools import product
 
 import pytest
 import torch
+from pairs import pairwise as pairs
 from support import schema_args
 
 import pssl_ext  # noqa: F401  fills the registry
 from pssl_ext import dispatch
 from pssl_ext.op import OPS
-from pssl_ext.testing import Case, devices, samples
+from pssl_ext.testing import LAYOUTS, Case, devices, samples
 
 
 def pytest_configure(config):
@@ -24,16 +25,24 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("cases")
-        metafunc.parametrize("case", list(_cases(**(marker.kwargs if marker else {}))))
+        choices = dict(marker.kwargs if marker else {})
+        if metafunc.config.getoption("whole") and choices.pop("pairwise", False):
+            choices["layouts"] = [name for name in LAYOUTS if name != "contiguous"]
+        metafunc.parametrize("case", list(_cases(**choices)))
 
 
 def _cases(
-    dtypes=(torch.float32,), layouts=("contiguous",), names=None, differentiable=False, count=None, each=None
+    dtypes=(torch.float32,),
+    layouts=("contiguous",),
+    pairwise=False,
+    differentiable=False,
+    count=None,
+    each=None,
 ):
-    """``names``: these operators only; ``count``: their first samples only; ``each(case)``: those it
-    accepts."""
+    """``pairwise``: not every layout in every type, see ``pairs``; ``count``: the operator's first samples only;
+    ``each(case)``: those it accepts."""
     for op, device in product(OPS, devices()):
-        if (names and op not in names) or (differentiable and not OPS[op].differentiable):
+        if differentiable and not OPS[op].differentiable:
             continue
         for backend, reason in _backends(op, device):
             if reason is not None:
@@ -47,7 +56,8 @@ def _cases(
                     skip = pytest.mark.skip(reason=f"{backend} on {device}: {reason}")
                     yield pytest.param(None, marks=skip, id=f"{op}-{backend}-{device}-{dtype}")
                     continue
-                for sample_id, layout in product(ids, layouts):
+                chosen = pairs(op, device, dtypes)[dtype] if pairwise else product(ids, layouts)
+                for sample_id, layout in chosen:
                     case = Case(op, sample_id, backend, device, dtype, layout)
                     if each is None or each(case):
                         yield pytest.param(case, id=str(case))

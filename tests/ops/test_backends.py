@@ -8,6 +8,8 @@ from pssl_ext import dispatch
 from pssl_ext.op import OPS, define_op
 from pssl_ext.testing import samples
 
+pytestmark = pytest.mark.interface
+
 
 def first(op):
     return samples(op, "cpu", torch.float32, "contiguous")[0].args

@@ -5,7 +5,7 @@ import torch
 from support import prototype_args
 
 from pssl_ext.op import OPS
-from pssl_ext.testing import DTYPES, LAYOUTS, check, check_args, devices, errors, leaves, run, samples, truth
+from pssl_ext.testing import DTYPES, check, check_args, devices, errors, leaves, run, samples, truth
 
 
 @pytest.mark.cases(dtypes=DTYPES)
@@ -13,9 +13,7 @@ def test_every_dtype(case):
     check(case)
 
 
-@pytest.mark.cases(
-    dtypes=(torch.float32, torch.bfloat16), layouts=[name for name in LAYOUTS if name != "contiguous"]
-)
+@pytest.mark.cases(dtypes=(torch.float32, torch.bfloat16), pairwise=True)
 def test_every_layout(case):
     check(case)
 
@@ -80,6 +78,7 @@ def test_several_tiles(op, grid, size, dtype, device):
     check_args(OPS[op], args, "auto", f"{op} {grid} to {size} {dtype} {device}")
 
 
+@pytest.mark.interface
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("op", OPS)
 def test_the_reference_is_well_conditioned(op, device):

@@ -5,6 +5,8 @@ import torch
 
 from pssl_ext.testing import run
 
+pytestmark = pytest.mark.interface
+
 
 @pytest.mark.cases(dtypes=(torch.float32, torch.bfloat16))
 def test_autocast(case):

@@ -6,6 +6,8 @@ import torch
 from pssl_ext.op import OPS
 from pssl_ext.testing import Case, check, check_args
 
+pytestmark = pytest.mark.interface
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():

@@ -7,20 +7,19 @@ import pydoc
 
 import pytest
 import torch
+from cases import case_of
 
 from pssl_ext import nn as pssl_nn
 from pssl_ext.op import OPS
 from pssl_ext.testing import samples
 
-MODULES = {
-    "prototype_pool": pssl_nn.PrototypePool,
-    "prototype_contrast": pssl_nn.PrototypeContrast,
-    "cam_compare": pssl_nn.CamCompare,
-    "cam_regions": pssl_nn.CamRegions,
-    "pixel_refine": pssl_nn.PixelRefine,
-    "random_walk": pssl_nn.RandomWalk,
-    "dense_crf": pssl_nn.DenseCrf,
-}
+pytestmark = pytest.mark.interface
+
+MODULES = {op: case_of(op).MODULE for op in OPS if case_of(op).MODULE is not None}
+
+
+def test_every_module_is_of_an_operator():
+    assert {name for name in pssl_nn.__all__} == {module.__name__ for module in MODULES.values()}
 
 
 @pytest.mark.parametrize("op", MODULES)

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pssl_ext.testing import check
 
+pytestmark = pytest.mark.interface
+
 
 @pytest.mark.cases()
 def test_forward(case):

@@ -10,6 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pssl_ext import prototype_contrast
 from pssl_ext.testing import leaves, run
 
+pytestmark = pytest.mark.interface
+
 FEATURES = torch.linspace(-1, 1, 2 * 8 * 9).reshape(2, 8, 3, 3)
 PROTOTYPES = torch.linspace(1, -2, 24).reshape(3, 8).sin()
 LABELS = torch.arange(72).reshape(2, 6, 6) % 3

@@ -1,4 +1,4 @@
-"""What test_triton_on_cpu.py runs beside the operators' tests: faults planted in Triton kernels, which these tests
+"""What run.py runs beside the operators' tests: faults planted in Triton kernels, which these tests
 must see, and what kernels for GPUs do otherwise than those on the CPU. Not collected by itself: it needs the
 interpreter.
 """

@@ -160,6 +160,9 @@ def chosen(item) -> bool:
 
 def pytest_collection_modifyitems(config, items):
     """Triton's cases, and the tests of this folder."""
-    kept = [item for item in items if chosen(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    from emulation import of_a_kernel
+
+    taken = set()
+    kept = [item for item in items if chosen(item) and (config.option.whole or of_a_kernel(item, taken))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
     items[:] = kept

@@ -1,4 +1,4 @@
-"""The references of the CAM operators against literal loops."""
+"""cam_sweep's own: bad calls, the size of training, planted faults, the evaluation loop as peers write it."""
 
 import numpy as np
 import oracle
@@ -6,81 +6,66 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import label_areas
+from small_inputs import LABELS
+from support import BACKENDS, Fault, normal_maps
 
-from pssl_ext import cam_compare, cam_regions, cam_sweep
+from pssl_ext import cam_sweep
 from pssl_ext.ops._reference import resize, resize_stepwise
-from pssl_ext.ops.cam_sweep import power_thresholds
+from pssl_ext.ops.cam_sweep import power_thresholds, reference
+
+SOUND = dict(
+    cams=torch.zeros(1, 4, 4),
+    class_ids=torch.tensor([1]),
+    ground_truth=torch.zeros(4, 4, dtype=torch.uint8),
+    thresholds=[0.5],
+    num_regions=3,
+)
+
+BAD_CALLS = [
+    (dict(cams=[]), "cams, class_ids, ground_truth must be lists of one length, got (0, 1, 4)"),
+    (dict(cams=[], class_ids=[], ground_truth=[]), "cams must be at least one image, got []"),
+    (dict(cams=torch.zeros(4, 4)), "cams[0] must be [k,h,w], got [4, 4] torch.float32 on cpu"),
+    (dict(class_ids=torch.tensor([1, 2])), "class_ids[0] must be [k]=[1], got [2] torch.int64 on cpu"),
+    (dict(class_ids=torch.ones(1)), "class_ids[0] must be of an integer type, got torch.float32"),
+    (dict(class_ids=torch.tensor([0])), "class_ids[0] must hold region numbers 1..2, got [0]"),
+    (dict(ground_truth=LABELS), "ground_truth[0] must be [H,W], got [2, 6, 6] torch.int64 on cpu"),
+    (
+        dict(ground_truth=torch.full((4, 4), 7)),
+        "ground_truth[0] must hold labels 0..2 or ignore_index=255, got [7]",
+    ),
+    (dict(power=[1.0]), "power must be None where thresholds are given, got [1.0]"),
+    (dict(thresholds=None), "thresholds must be given where power is not, got None"),
+    (dict(num_regions=0), "num_regions must be at least 1, got 0"),
+    (
+        dict(cams=torch.zeros(1, 0, 4)),
+        "cams[0] must be of at least 1×1 cells where there is ground truth, got [1, 0, 4] torch.float32 on cpu",
+    ),
+    (dict(thresholds=None, power=[0.0]), "power must be greater than 0, got 0.0"),
+    (dict(thresholds=torch.zeros(1, 2)), "thresholds must be [T], got [1, 2] torch.float32 on cpu"),
+]
+
+MODULE = None  # counts of an evaluation: a function
 
 
-def maps(*shapes, seed=41):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
-
-
-LABELS = torch.tensor([[1, 0, 1], [0, 1, 1]])
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "auto"])
-
-
-@BACKENDS
-@pytest.mark.parametrize("attention", ["cosine", "none"])
-def test_compare(attention, backend):
-    main, support = maps((2, 3, 2, 3), (2, 3, 4, 6)), maps((2, 3, 3, 2), (2, 3, 4, 6), seed=43)
-    loss, _ = oracle.compare(
-        [m.numpy() for m in main], [s.numpy() for s in support], LABELS.numpy(), (4, 6), attention
+def training_size(g):
+    return dict(
+        cams=[torch.rand(1 + i, 56, 56, generator=g) for i in range(4)],
+        class_ids=[torch.randperm(20, generator=g)[: 1 + i] + 1 for i in range(4)],
+        ground_truth=list(label_areas(g, 4, 21, 375, 500)),
+        thresholds=torch.linspace(0, 1, 60),
+        num_regions=21,
     )
-    args = dict(size=(4, 6), attention=attention, backend=backend)
-    for reduction, expected in [("none", loss), ("sum", loss.sum()), ("mean", loss.sum() / (2 * 3 * 4 * 6))]:
-        got = cam_compare(main, support, LABELS, reduction=reduction, **args)
-        np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
-@BACKENDS
-def test_gradient_of_compare_holds_the_attention(backend):
-    """Finite differences of the literal loss with its attention held, for every element of both sides."""
-    main, support = maps((2, 3, 2, 2), (2, 3, 3, 4)), maps((2, 3, 2, 3), seed=47)
-    arrays = [m.numpy() for m in (*main, *support)]
-    literal = lambda attention: oracle.compare(arrays[:2], arrays[2:], LABELS.numpy(), (3, 4), attention)  # noqa: E731
-    _, held = literal("cosine")
-    leaves = [m.requires_grad_() for m in (*main, *support)]
-    loss = cam_compare(leaves[:2], leaves[2:], LABELS, size=(3, 4), reduction="sum", backend=backend)
-    grads = torch.autograd.grad(loss, leaves)
-    for grad, array in zip(grads, [leaf.detach().numpy() for leaf in leaves], strict=True):
-        for index in np.ndindex(*array.shape):
-            value, sides = array[index], []
-            for step in (1e-6, -1e-6):
-                array[index] = value + step
-                sides.append(literal(held)[0].sum())
-            array[index] = value
-            assert abs((sides[0] - sides[1]) / 2e-6 - float(grad[index])) < 1e-6
+def one_count_more(*args):
+    counts = reference(*args)
+    counts[0, 0, 0] += 1
+    return counts
 
 
-@BACKENDS
-@pytest.mark.parametrize("foreground, background", [(0.3, None), (0.6, 0.4)])
-def test_regions(foreground, background, backend):
-    cams = maps((2, 3, 3, 4), (2, 3, 6, 5))
-    got = cam_regions(
-        cams, LABELS, size=(6, 8), foreground=foreground, background=background, backend=backend
-    )
-    low = foreground if background is None else background
-    expected = oracle.region_mask([c.numpy() for c in cams], LABELS.numpy(), (6, 8), foreground, low, 255)
-    np.testing.assert_array_equal(got, expected)
-
-
-@given(st.data())
-def test_regions_are_the_references_bit_for_bit(data):
-    """Maps that tie with each other and, where one class is alone, values that lie on a threshold."""
-    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
-    b, k, side = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4)), st.integers(1, 9)
-    grids = [(data.draw(side), data.draw(side)) for _ in range(data.draw(st.integers(1, 3)))]
-    size = (data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)))
-    cams = [(8 * torch.randn(b, k, *grid, generator=g)).round() / 8 for grid in grids]
-    labels = torch.randint(0, 2, (b, k), generator=g)
-    # A threshold on a value: the mask changes with its last bit
-    total = sum(resize_stepwise(c[:1, :1], size).relu() for c in cams)
-    foreground = float((total / (total.max() + 1e-5)).flatten()[data.draw(st.integers(0, total.numel() - 1))])
-    levels = dict(size=size, foreground=foreground, background=foreground / 2)
-    expected = cam_regions(cams, labels, **levels, backend="reference")
-    assert torch.equal(cam_regions(cams, labels, **levels), expected)
+FAULTS = [Fault(one_count_more, ("one_image",), "1 of")]
+GRADIENT_SAMPLE = None
 
 
 def images(grid, size, quantum=None):
@@ -138,7 +123,7 @@ def test_sweep_at_its_own_values(normalize, grid, size, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_stepwise_resize_is_bilinear(dtype):
     for grid, size in [((3, 4), (13, 10)), ((9, 5), (4, 17)), ((1, 3), (6, 6)), ((40, 30), (375, 500))]:
-        (cam,) = maps((2, *grid))
+        (cam,) = normal_maps((2, *grid))
         got = resize_stepwise(cam.to(dtype), size)
         torch.testing.assert_close(got, resize(cam.to(dtype)[None], size)[0], rtol=1e-5, atol=1e-5)
         if size != (375, 500):

@@ -1,4 +1,5 @@
-"""dense_crf: the reference against a loop over pairs, the kernels against the lattice, and against pydensecrf.
+"""dense_crf's own: bad calls, the size of training, planted faults; the reference against a loop over pairs, the
+kernels against the lattice, and against pydensecrf.
 
 The generic tests compare kernels with the exact sums, which they approximate; here they are held to what they compute.
 """
@@ -9,12 +10,90 @@ import oracle
 import pytest
 import torch
 from peers import crf as crf_peer
+from problems import smooth_areas
+from small_inputs import FEATURES, FLOATS, LABELS, META
+from support import Fault
 from torch.nn import functional as F
 
 from pssl_ext import dense_crf, dispatch
+from pssl_ext import nn as pssl_nn
 from pssl_ext.op import OPS
 from pssl_ext.ops.dense_crf import MOST_PIXELS, reference
 from pssl_ext.testing import DTYPES, LAYOUTS, samples
+
+SHAPE = "[B,C,H,W]=[2,1 or more,4,5]"
+FINITE = "finite, with standard deviations greater than 0"
+
+SOUND = dict(images=torch.zeros(2, 3, 4, 5, dtype=torch.uint8), probabilities=torch.ones(2, 3, 4, 5))
+
+BAD_CALLS = [
+    (dict(images=None), "images must be a tensor, got NoneType"),
+    (dict(images=torch.zeros(2, 3, 4, 5)), "images must be uint8, got torch.float32"),
+    (dict(images=SOUND["images"][0]), "images must be [B,3,H,W], got [3, 4, 5] torch.uint8 on cpu"),
+    (dict(images=SOUND["images"][:, :2]), "images must be [B,3,H,W], got [2, 2, 4, 5] torch.uint8 on cpu"),
+    (dict(probabilities=LABELS), f"probabilities must be {FLOATS}, got torch.int64"),
+    (
+        dict(probabilities=FEATURES[0]),
+        f"probabilities must be {SHAPE}, got [4, 3, 3] torch.float32 on cpu",
+    ),
+    (
+        dict(probabilities=torch.zeros(2, 0, 4, 5)),
+        f"probabilities must be {SHAPE}, got [2, 0, 4, 5] torch.float32 on cpu",
+    ),
+    (
+        dict(probabilities=torch.zeros(2, 3, 5, 4)),
+        f"probabilities must be {SHAPE}, got [2, 3, 5, 4] torch.float32 on cpu",
+    ),
+    (
+        dict(probabilities=SOUND["probabilities"].to(META)),
+        "probabilities must be on cpu as the first argument, got [2, 3, 4, 5] torch.float32 on meta",
+    ),
+    (dict(iterations=-1), "iterations must be at least 0, got -1"),
+    (dict(gaussian=3), f"gaussian must be (sxy, compat), {FINITE}, got 3"),
+    (dict(gaussian=(0, 3)), f"gaussian must be (sxy, compat), {FINITE}, got (0, 3)"),
+    (dict(bilateral=(80, 10)), f"bilateral must be (sxy, srgb, compat), {FINITE}, got (80, 10)"),
+    (
+        dict(bilateral=(80, 13, float("nan"))),
+        f"bilateral must be (sxy, srgb, compat), {FINITE}, got (80, 13, nan)",
+    ),
+]
+
+MODULE = pssl_nn.DenseCrf
+
+
+def training_size(g):
+    """Kernels that leave the result between the classes, where a pixel does not fall to either for next to nothing."""
+    image = 255 * smooth_areas(g, 3, 375, 500) + 8 * torch.randn(3, 375, 500, generator=g)
+    scores = 6 * smooth_areas(g, 21, 375, 500) + torch.randn(21, 375, 500, generator=g)
+    weak = dict(gaussian=(3.0, 0.6), bilateral=(25.0, 20.0, 1.2), iterations=5)
+    return dict(
+        images=image.clamp(0, 255).to(torch.uint8)[None], probabilities=scores.softmax(0)[None], **weak
+    )
+
+
+def weights_forgotten(images, probabilities, iterations, g_sxy, g_compat, b_sxy, b_srgb, b_compat):
+    return reference(images, probabilities, iterations, g_sxy, 1.0, b_sxy, b_srgb, 1.0)
+
+
+def columns_for_rows(images, *rest):
+    return reference(images.flip(-1), *rest)
+
+
+def one_iteration(images, probabilities, iterations, *kernels):
+    return reference(images, probabilities, 1, *kernels)
+
+
+def grey(images, *rest):
+    return reference(images[:, :1].expand(-1, 3, -1, -1), *rest)
+
+
+# the wider bounds of an operator whose kernels approximate still tell
+FAULTS = [
+    Fault(kernel, ("two_images", "wide"), "lattice may cost")
+    for kernel in (weights_forgotten, columns_for_rows, one_iteration, grey)
+]
+GRADIENT_SAMPLE = None
+
 
 IDS = [s.id for s in samples("dense_crf", "cpu", torch.float32, "contiguous")]
 native = pytest.mark.skipif(
