@@ -35,6 +35,7 @@ from pssl.core.seeding import generator as seeded
 from pssl.inputs.images import ImageInputs
 from pssl.method.objective import Objective
 from pssl.method.support import SupportNet
+from pssl.method.terms import Step as TermStep
 from pssl.models.backbones import backbone_names
 from pssl.models.build import build_cam_net
 from pssl.models.cam_net import CamOutput
@@ -94,8 +95,9 @@ class Step:
                 )
 
         def loss(name: str) -> None:
-            found = objective.terms(leaves, target, self.labels, (name,))[name]
-            (objective.weights[name] * found).backward()
+            view = TermStep(leaves, target, self.labels, None, objective.views, objective.terms)
+            term = objective.terms[name]
+            (term.weight(view) * term(view)).backward()
 
         def back(scales: list[float]) -> None:
             pairs = [pair for s in scales for pair in zip(seen[s], leaves[s], strict=True)]

@@ -16,7 +16,7 @@ from harness import compare, goals, measure, plot, report, results, runner
 from PIL import Image
 
 from pssl.cli import parse
-from pssl.config import TrainConfig
+from pssl.config.train import TrainConfig
 
 CACHE = 2**14
 OPTIONS = argparse.Namespace(
