@@ -24,9 +24,10 @@ from pssl.core.log import Log
 from pssl.core.threads import over_images
 from pssl.data.open import DataFolder, open_data
 from pssl.data.origin import folder_from, require_classes, split_from
-from pssl.data.split import open_split
+from pssl.data.split import Split, even_selection, open_split
 from pssl.data.voc import read_label_png
 from pssl.models.cam_files import read_cams
+from pssl.reporting.comparison import draw_strip
 from pssl.scoring.results import commit, iou_table, versions
 from pssl.scoring.scoring import LabelScorer, Scorer, threshold_steps
 from pssl_ext.ops.cam_sweep import power_thresholds
@@ -55,6 +56,10 @@ class EvaluateConfig:
     unsure: Literal["missed", "ignored"] = "missed"
     """Label PNGs: a pixel of value 255 counts as "missed" by its region, or is "ignored"."""
     evaluation: SweepConfig = field(default_factory=SweepConfig)
+    pictures: int = 6
+    """CAMs: images drawn at several thresholds side by side into thresholds.png, beside the CAMs. 0: none."""
+    looks: Floats = (0.2, 0.3, 0.4, 0.5, 0.6)
+    """CAMs: the thresholds of those pictures."""
     out: Path | None = None
     """JSON file to write. None: scores.json in the folder that is scored."""
 
@@ -63,6 +68,10 @@ class EvaluateConfig:
             raise InputError(f"unsure: expected 'missed' or 'ignored', got {self.unsure!r}")
         if self.powers and self.threshold is not None:
             raise InputError("powers: expected none beside a threshold, got both")
+        if not self.looks or not all(0 < look < 1 for look in self.looks):
+            raise InputError(f"looks: expected thresholds between 0 and 1, got {self.looks}")
+        if self.pictures < 0:
+            raise InputError(f"pictures: expected 0 or more, got {self.pictures}")
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise InputError(f"threshold: expected a value of 0 or more, below 1, got {self.threshold}")
 
@@ -114,6 +123,21 @@ def score_labels(config: EvaluateConfig, folder: DataFolder, ids: list[str], log
     return scorer.result().summary(("background", *folder.classes), config.unsure)
 
 
+def draw_thresholds(config: EvaluateConfig, folder: DataFolder, split: Split, log: Log) -> None:
+    """Draw some images at several thresholds side by side, for a person to choose one by looking."""
+    if not ranks.is_first() or not config.pictures:
+        return
+    path = config.cams / "thresholds.png"
+    ids = even_selection(split.ids, config.pictures)
+    images = [(i, folder.image(i), *read_cams(config.cams, i)) for i in ids]
+    draw_strip(path, images, config.looks, folder.classes)
+    looks, middle = ", ".join(f"{t:g}" for t in config.looks), config.looks[len(config.looks) // 2]
+    log.say(
+        f"{path}: {len(ids)} images at the thresholds {looks}; "
+        f"`python -m pssl.refine --cams {config.cams} --threshold {middle:g}` takes the one that looks best"
+    )
+
+
 @command("pssl.evaluate", EvaluateConfig)
 def run(config: EvaluateConfig, log: Log) -> dict:
     """Score the files; return what the JSON file holds."""
@@ -124,8 +148,14 @@ def run(config: EvaluateConfig, log: Log) -> dict:
     folder = open_data(config.data)
     require_classes(place, folder.classes)
     split = open_split(folder, config.split, config.data, log).selection(config.images)
+    if not split.scored and config.labels is not None:
+        raise InputError(
+            f"{folder.root}, split {split.name}: expected masks to score label images by, found none"
+        )
+    if config.labels is None:
+        draw_thresholds(config, folder, split, log)
     if not split.scored:
-        raise InputError(f"{folder.root}, split {split.name}: expected masks to score by, found none")
+        return {"data": folder.name, "scored": None, "split": config.split, **split.counts()}
     score = score_cams if config.labels is None else score_labels
     result = {
         "data": folder.name,

@@ -27,11 +27,13 @@ from pssl.config.segment import SegmentSettings
 from pssl.config.train import TrainConfig
 from pssl.config.values import PART
 from pssl.core import ranks
+from pssl.core.checkpoint import load_description
 from pssl.core.errors import InputError
 from pssl.core.files import write_text
 from pssl.core.log import Log
 from pssl.core.settings_file import write_or_require_same
 from pssl.data.open import open_data
+from pssl.data.split import open_split
 from pssl.scoring.results import commit, versions
 
 ROLES = ("train", "val")
@@ -186,13 +188,20 @@ def run_evaluate(config: PipelineConfig, log: Log) -> dict:
         scores[name] = evaluate.run(stage, log)
         return scores[name]
 
+    folder = open_data(config.train.data.folder)
+    masks = {
+        r: bool(open_split(folder, config.split(r), config.train.data.folder, log).scored) for r in ROLES
+    }
+    stated = load_description(config.checkpoint)["thresholds"][config.readout]
     found = score("cams_train", cams=config.folder("cams", "train"), split=config.split("train"))
     held = config.split("val")
-    score("cams_val", cams=config.folder("cams", "val"), split=held, threshold=found["threshold"])
-    for role in ROLES:
+    threshold = found.get("threshold", stated)
+    score("cams_val", cams=config.folder("cams", "val"), split=held, threshold=threshold)
+    for role in filter(masks.get, ROLES):
         score(f"labels_{role}", labels=config.folder("labels", role), split=config.split(role))
-    score("predictions_val", labels=segment_config(config).predictions, split=held)
-    return {name: result["miou"] for name, result in scores.items()}
+    if masks["val"]:
+        score("predictions_val", labels=segment_config(config).predictions, split=held)
+    return {name: result["miou"] for name, result in scores.items() if "miou" in result}
 
 
 STAGES: dict[str, Callable[[PipelineConfig, Log], dict]] = {
@@ -239,7 +248,8 @@ def run(config: PipelineConfig, log: Log) -> dict:
     }
     if ranks.is_first():
         write_text(config.out / "pipeline.json", json.dumps(result, indent=1))
-        log.console.print(closing_table(config, stages["evaluate"]))
+        if set(stages["evaluate"]) - {"seconds"}:
+            log.console.print(closing_table(config, stages["evaluate"]))
         report.run(report.ReportConfig(run=config.out), log)
         log.say(f"{result['seconds']:.0f} s in all; results in {config.out}")
     return result

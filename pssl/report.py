@@ -49,6 +49,7 @@ def run(config: ReportConfig, log: Log) -> Path:
         sections={
             "stages": sections.stages(found),
             "ablation": sections.ablation(found),
+            "unscored": sections.without_masks(found),
             "classes": sections.classes(found),
             "thresholds": sections.thresholds(found),
             "losses": sections.losses(found),

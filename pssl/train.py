@@ -51,14 +51,19 @@ def draw_pictures(experiment: Experiment, nets: dict[str, CamNet], out: Path) ->
     fullest = max(nets, key=lambda arm: len(ARMS[arm]))
     shown += [fullest] if ARMS[fullest] else []
     readings = [
-        list(read_images(nets[arm], inputs, indices, lambda i: folder.mask(i).shape, config.inference, None))
+        list(
+            read_images(
+                nets[arm], inputs, indices, lambda i: folder.image(i).shape[:2], config.inference, None
+            )
+        )
         for arm in shown
     ]
+    scored = set(experiment.splits["val"].scored)
     for images in zip(*readings, strict=True):
         draw_comparison(
             out / f"{images[0].id}.png",
             folder.image(images[0].id),
-            folder.mask(images[0].id),
+            folder.mask(images[0].id) if images[0].id in scored else None,
             [(arm, image.maps["cam"]) for arm, image in zip(shown, images, strict=True)],
             images[0].class_ids.tolist(),
             folder.classes,

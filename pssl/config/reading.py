@@ -43,9 +43,18 @@ class EvaluationConfig:
 
     train_images: int | None = None
     """Score this many images of the training split, evenly spaced in its list. None: all."""
+    masks_for_threshold: int | None = None
+    """Choose the thresholds by the masks of so many training images, evenly spaced. None: by all masks, where there are
+    at least 5. Fewer than 50, of more images, are helped by where thresholds were found elsewhere; without masks a
+    rule chooses, and every result names it. 0: by the rule."""
     every: int = 0
     """Score the CAMs on these training images after every so many epochs too, and keep the best network as
     checkpoints/ARM.best.safetensors. Held images have no say in it. 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_images", "masks_for_threshold"):
+            value, least = getattr(self, name), 1 if name == "train_images" else 0
+            require(name, value, value is None or value >= least, f"{least} or more")
 
 
 @dataclass

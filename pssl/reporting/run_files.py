@@ -130,6 +130,17 @@ class Run:
         return self.held.name
 
     @property
+    def cam_threshold(self) -> float | None:
+        """The background threshold of a pipeline's CAMs: what they were scored at, else what training chose."""
+        score, config = self.files.score("cams_val"), self.files.config[1]
+        if score is not None:
+            return score["threshold"]
+        if self.files.pipeline is None or self.files.metrics is None:
+            return None
+        arms = self.files.metrics["runs"][0]["arms"]
+        return arms[config["arm"]]["readouts"][config["readout"]]["val"]["threshold"]
+
+    @property
     def regions(self) -> tuple[str, ...]:
         """Background, then the classes."""
         return ("background", *self.folder.classes)

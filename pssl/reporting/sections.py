@@ -45,10 +45,13 @@ def tiles(run: Run) -> list[Tile]:
         score = run.files.score(f"{name}_val")
         if score is not None:
             found.append(Tile(f"{score['miou']:.1f}", f"mIoU of {title}, {score['split']}"))
-    if not found and run.files.segmentation is not None:
+    if not found and run.files.segmentation is not None and "miou" in run.files.segmentation:
         found.append(Tile(f"{run.files.segmentation['miou']:.1f}", f"mIoU of predictions, {run.split}"))
     if not found and run.files.metrics is not None:
         summary = run.files.metrics["summary"]
+        if summary[0]["val_miou"] is None:
+            found += _tiles_without_masks(summary, run)
+            summary = []
         for readout in dict.fromkeys(row["readout"] for row in summary):
             row = max((r for r in summary if r["readout"] == readout), key=lambda r: r["val_miou"])
             text = f"mIoU of the best arm by {readout}, {row['arm']}, {run.split}"
@@ -57,6 +60,16 @@ def tiles(run: Run) -> list[Tile]:
     if pipeline is not None:
         found.append(Tile(f"{pipeline['seconds'] / 60:.1f} min", "for all stages"))
     return found
+
+
+def _tiles_without_masks(summary: list[dict], run: Run) -> list[Tile]:
+    """Return how well the image labels are found, in place of mIoU."""
+    known = [row for row in summary if row["label_precision"] is not None]
+    if not known:
+        return []
+    row = max(known, key=lambda r: r["label_precision"])
+    text = f"average precision of image labels, best arm, {row['arm']}, {run.split} (no masks, no mIoU)"
+    return [Tile(f"{row['label_precision']:.1f}", text)]
 
 
 def stages(run: Run) -> Stages | None:
@@ -80,17 +93,42 @@ def ablation(run: Run) -> Table | None:
     metrics = run.files.metrics
     if metrics is None:
         return None
+    if metrics["summary"][0]["val_miou"] is None:
+        return None
     areas = ("part", "body", "background")
     rows = []
     for row in metrics["summary"]:
         cells = [row["arm"], row["readout"]]
         for split in ("train", "val"):
             spread = row[f"{split}_miou_std"]
-            cells.append(f"{row[f'{split}_miou']:.1f}" + ("" if spread is None else f" ± {spread:.1f}"))
+            miou = row[f"{split}_miou"]
+            cells.append(
+                "–" if miou is None else f"{miou:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+            )
         cells.append(f"{row['threshold']:.2f}")
         rows.append(cells + ["–" if row[area] is None else f"{row[area]:.2f}" for area in areas])
     head = ["arm", "readout", "mIoU train", "mIoU held out", "threshold"]
     return table([*head, "on parts", "on bodies", "on background"], rows, best=(2, 3))
+
+
+def without_masks(run: Run) -> Table | None:
+    """Return what is known of the arms where held-out images have no masks."""
+    metrics = run.files.metrics
+    if metrics is None or metrics["summary"][0]["val_miou"] is not None:
+        return None
+    rows = [
+        [
+            row["arm"],
+            row["readout"],
+            "–" if row["label_precision"] is None else f"{row['label_precision']:.1f}",
+            f"{row['threshold']:.2f}",
+            f"{100 * row['foreground']:.0f}",
+            metrics["runs"][0]["arms"][row["arm"]]["readouts"][row["readout"]]["val"]["threshold_from"],
+        ]
+        for row in metrics["summary"]
+    ]
+    head = ["arm", "readout", "image labels found", "threshold", "foreground, %", "threshold from"]
+    return table(head, rows, best=(2,))
 
 
 def classes(run: Run) -> Chart | None:
@@ -109,7 +147,7 @@ def classes(run: Run) -> Chart | None:
 def thresholds(run: Run) -> dict[str, Chart]:
     """Return mIoU of the CAMs over the background threshold, a line an arm, by readout."""
     metrics = run.files.metrics
-    if metrics is None:
+    if metrics is None or metrics["summary"][0]["val_miou"] is None:
         return {}
     arms, charts = metrics["runs"][0]["arms"], {}
     for readout in next(iter(arms.values()))["readouts"]:

@@ -20,6 +20,8 @@ COLUMNS = (
     "val_miou",
     "val_miou_std",
     "threshold",
+    "foreground",
+    "label_precision",
     "part",
     "body",
     "background",
@@ -73,15 +75,23 @@ def summarise(runs: list[dict], splits: dict[str, str]) -> list[dict]:
             row = {"arm": arm, "readout": readout, "seeds": len(runs)}
             for split in ("train", "val"):
                 values = [score[split]["miou"] for score in scores]
-                row[f"{split}_miou"] = statistics.mean(values)
-                row[f"{split}_miou_std"] = statistics.stdev(values) if len(values) > 1 else None
+                known = None not in values
+                row[f"{split}_miou"] = statistics.mean(values) if known else None
+                row[f"{split}_miou_std"] = statistics.stdev(values) if known and len(values) > 1 else None
                 row[f"{split}_split"], row[f"{split}_images"] = splits[split], scores[0][split]["images"]
             row["threshold"] = statistics.mean(score["val"]["threshold"] for score in scores)
+            row["foreground"] = _mean([score["val"].get("foreground") for score in scores])
+            precision = [run["arms"][arm].get("label_precision") or {} for run in runs]
+            row["label_precision"] = _mean([found.get("mean") for found in precision])
             for area in ("part", "body", "background"):
-                values = [score["val"]["activation"].get(area) for score in scores]
-                row[area] = None if None in values else statistics.mean(values)
+                row[area] = _mean([score["val"]["activation"].get(area) for score in scores])
             rows.append(row)
     return rows
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Return the mean, None where a value is not known."""
+    return None if None in values else statistics.mean(values)
 
 
 def to_csv(rows: list[dict]) -> str:
@@ -101,6 +111,8 @@ def to_table(rows: list[dict], title: str) -> Table:
         f"{role}: {rows[0][f'{role}_images']} images of {rows[0][f'{role}_split']}"
         for role in ("train", "val")
     ]
+    if rows[0]["val_miou"] is None:
+        return _table_without_masks(rows, title, counted)
     how = "threshold picked on train; activation: mean map value on val"
     table = Table(title=title, caption="; ".join([*counted, how]))
     for name in ("arm", "readout", "mIoU train", "mIoU val", "threshold"):
@@ -115,11 +127,32 @@ def to_table(rows: list[dict], title: str) -> Table:
         cells = ["" if row["arm"] == previous else row["arm"], row["readout"]]
         for split in ("train", "val"):
             spread = row[f"{split}_miou_std"]
-            cells.append(f"{row[f'{split}_miou']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""))
+            miou = row[f"{split}_miou"]
+            cells.append(
+                "-" if miou is None else f"{miou:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+            )
         cells.append(f"{row['threshold']:.2f}")
         cells += ["-" if row[area] is None else f"{row[area]:.2f}" for area in areas]
         table.add_row(*cells)
         previous = row["arm"]
+    return table
+
+
+def _table_without_masks(rows: list[dict], title: str, counted: list[str]) -> Table:
+    """Return the closing table of a run whose held-out images have no masks."""
+    how = "image labels: mean average precision on val; foreground: pixels of val above the threshold"
+    table = Table(title=title.partition(":")[0], caption="; ".join([*counted, how]))
+    for name in ("arm", "readout", "image labels", "threshold", "foreground"):
+        table.add_column(name, justify="left" if name in ("arm", "readout") else "right")
+    for row in rows:
+        precision = row["label_precision"]
+        table.add_row(
+            row["arm"],
+            row["readout"],
+            "-" if precision is None else f"{precision:.1f}",
+            f"{row['threshold']:.2f}",
+            f"{100 * row['foreground']:.0f} %",
+        )
     return table
 
 

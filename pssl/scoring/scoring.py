@@ -73,6 +73,14 @@ class Score:
         curve = self.curve
         return self.thresholds[curve.index(max(curve))]
 
+    def best_near(self, centre: float) -> float:
+        """Return the threshold of the highest mIoU less ((t - centre) / 0.1)²: for few masks, whose best is chance.
+
+        Measured on 11 cases with 30 draws each: 20 masks lose 0.2 (CAM) and 0.4 points (readout) in the mean.
+        """
+        scores = [m - ((t - centre) / 0.1) ** 2 for t, m in zip(self.thresholds, self.curve, strict=True)]
+        return self.thresholds[scores.index(max(scores))]
+
     def at(self, threshold: float) -> tuple[float, list[float]]:
         """mIoU and each region's IoU at a threshold of the sweep, in percent."""
         if threshold not in self.thresholds:

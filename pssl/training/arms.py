@@ -13,7 +13,15 @@ from pssl.method.support import SupportNet
 from pssl.models.build import new_net
 from pssl.models.cam_net import CamNet
 from pssl.training.cam import CamTraining
-from pssl.training.experiment import Experiment, find_prototypes, save, score, score_role
+from pssl.training.experiment import (
+    Experiment,
+    agreement,
+    find_prototypes,
+    label_precision,
+    save,
+    score,
+    score_role,
+)
 from pssl.training.loop import run_training
 
 STEP_VALUES = ("epoch", "step", "lr", "total")
@@ -58,7 +66,7 @@ def train_arm(experiment: Experiment, arm: str, net: CamNet, seed: int, out: Pat
 
         def on_epoch(epoch: int) -> None:
             every = config.evaluation.every
-            if every and (epoch + 1) % every == 0:
+            if every and (epoch + 1) % every == 0 and experiment.has_truth("train"):
                 keep_if_best(experiment, training, epoch, seed, out)
 
         run_training(training, resume=config.resume, on_step=on_step, on_epoch=on_epoch)
@@ -99,7 +107,24 @@ def run_seed(experiment: Experiment, seed: int, out: Path) -> tuple[dict, dict[s
             training = train_arm(experiment, arm, net, seed, out)
         nets[arm] = net
         arms[arm] = _conclude(experiment, arm, training, first.steps, seed, out)
-    return {"seed": seed, "stage_1_steps": first.steps, "arms": arms}, nets
+    results = {"seed": seed, "stage_1_steps": first.steps, "arms": arms}
+    if not experiment.has_truth("val") and len(nets) > 1:
+        thresholds = {arm: entry["readouts"]["cam"]["val"]["threshold"] for arm, entry in arms.items()}
+        results["agreement"] = agreement(experiment, nets, thresholds)
+    return results, nets
+
+
+def headline(scores: dict[str, dict]) -> str:
+    """Return a readout's scores on both splits in a line: mIoU where there are masks, else shares of foreground."""
+    known = {role: score for role, score in scores.items() if score["miou"] is not None}
+    figures = ", ".join(f"{role} {score['miou']:.1f}" for role, score in known.items())
+    others = ", ".join(
+        f"{role} {100 * score['foreground']:.0f} % foreground"
+        for role, score in scores.items()
+        if role not in known
+    )
+    said = "; ".join(filter(None, [f"mIoU {figures}" if figures else "", others]))
+    return f"{said} at threshold {scores['val']['threshold']:.2f}"
 
 
 def _conclude(
@@ -110,15 +135,15 @@ def _conclude(
     prototypes = find_prototypes(experiment, net, training.objective.rcm)
     readouts = score(experiment, arm, net, prototypes)
     for readout, scores in readouts.items():
-        figures = ", ".join(f"{role} {scores[role]['miou']:.1f}" for role in scores)
-        threshold = scores["val"]["threshold"]
-        experiment.log.say(f"{arm}, {readout}: mIoU {figures} at threshold {threshold:.2f}")
+        experiment.log.say(f"{arm}, {readout}: {headline(scores)}")
     entry = {
         "readouts": readouts,
         "steps_after_stage_1": 0 if arm == "classifier" else training.steps,
         "seconds_training": round(training.seconds, 2),
         "seconds_scoring": round(time.perf_counter() - begin, 2),
     }
+    if not experiment.has_truth("val"):
+        entry["label_precision"] = label_precision(experiment, net)
     if training.best:
         entry["best_epoch"] = training.best
     thresholds = {readout: readouts[readout]["val"]["threshold"] for readout in READOUTS}

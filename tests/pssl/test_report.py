@@ -48,7 +48,7 @@ def finished(tiny_pipeline, tmp_path_factory):
     return config.out
 
 
-SECTIONS = ("stages", "ablation", "classes", "thresholds", "losses", "images", "configuration")
+SECTIONS = ("stages", "ablation", "unscored", "classes", "thresholds", "losses", "images", "configuration")
 
 
 class Page(HTMLParser):
@@ -315,6 +315,7 @@ def test_texts_of_the_data_are_texts_of_the_page():
     sections = {
         "stages": Stages(cells, cells),
         "ablation": cells,
+        "unscored": None,
         "classes": bars,
         "thresholds": {HOSTILE: line},
         "losses": {HOSTILE: line},
